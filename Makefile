@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# Every target sets up what it needs and says so. `make help` lists them.
+.DELETE_ON_ERROR:
+.PHONY: help setup lab-kernel demo test test-fast test-full check bench bench-vm clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+APT := tools/apt-missing
+APT_RUN := python3 python3-venv python3-dev gcc pkg-config libsystemd-dev make git ca-certificates
+APT_TEST := device-tree-compiler systemd
+APT_VM := qemu-system-x86 gdb kmod e2fsprogs
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+# The stamp is newer than pyproject.toml when the environment has what it asks for.
+$(VENV)/.stamp: pyproject.toml tools/venv
+	@$(APT) $(APT_RUN)
+	@tools/venv $(VENV) $(PYTHON)
+
+setup: $(VENV)/.stamp ## the virtual environment .venv, with khod and khoctl in it
+
+lab-kernel: ## build the lab's kernel unless cached; the last line is the path of its bzImage
+	@$(PYTHON) tests/vm/kernel.py
+
+demo: $(VENV)/.stamp ## a whole live update of a simulated 1 TiB host
+	@$(BIN)/khoctl demo
+
+check: $(VENV)/.stamp ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+test-fast: $(VENV)/.stamp ## all tests but those in the virtual machine
+	@$(APT) $(APT_TEST)
+	$(BIN)/pytest -q -m "not vm"
+
+test: $(VENV)/.stamp ## all tests; builds the lab's kernel once
+	@$(APT) $(APT_TEST) $(APT_VM)
+	@$(PYTHON) tests/vm/kernel.py >/dev/null
+	KHOD_REQUIRE=vm $(BIN)/pytest -q
+
+clean: ## remove what was built here (the lab's cache stays)
+	rm -rf $(VENV) build dist bench/out .mypy_cache .ruff_cache .pytest_cache .hypothesis

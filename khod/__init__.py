@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""khod moves a running Linux host onto a new kernel while what runs on it keeps its memory and its devices.
+
+The layers, lowest first; a module imports from its own layer and from those below it, never from above
+(``tests/unit/test_layers.py`` proves it)::
+
+    errors            the exception tree
+    folio, abi        pure formats: the folio map, the handover tree, the kernel's argument structs
+    config            YAML -> typed configuration
+    core              policy: ports, model, states, journal, orchestration
+    plugin            what driver authors write against: hook specifications, dispatcher
+    kernel, simulated two machines behind the ports of core
+    api               the varlink interface, server and client
+    daemon            the one place that joins the others
+    cli               khoctl, a client of the api
+"""
+
+__version__ = "0.1.0"
