@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What khod tells people and programs about itself: plain values, made by the core, carried by the API, rendered by khoctl.
+
+Sizes are bytes, durations seconds, `time` is CLOCK_REALTIME in nanoseconds. '' and () stand for "none".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageView:
+    """The kernel that an update would jump to."""
+
+    kernel: str
+    initrd: str
+    cmdline: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusView:
+    """khod in one look."""
+
+    state: str
+    update: str
+    """Id of the update under way or of the last one; ''."""
+    held: bool
+    """The update waits for `continue` or `abort`."""
+    boot_id: str
+    release: str
+    version: str
+    device: str
+    """'ok', or why /dev/liveupdate cannot be used."""
+    image: ImageView | None
+    instances: int
+    unclaimed: int
+    """Instances that came through a jump and were not claimed yet."""
+    pinned: int
+    """Bytes that khod's own descriptors keep alive."""
+    problems: Sequence[str] = ()
+    """What an operator should look at, in sentences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceView:
+    """One instance: something registered, or something that came through a jump."""
+
+    name: str
+    driver: str
+    compatible: str
+    owner: str
+    required: bool
+    requires: Sequence[str]
+    state: str
+    """'registered', 'preserved', 'frozen', 'restored', 'claimed', 'damaged', 'quarantined'."""
+    size: int
+    fds: Sequence[str]
+    """Names of its descriptors, in the order in which `claim` gives them."""
+    detail: dict[str, str] = field(default_factory=dict)
+    """What its plugin has to say of it to people."""
+    problem: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepView:
+    """One step of a plan."""
+
+    phase: str
+    name: str
+    describe: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryView:
+    """Decision 8's sum. The update is refused when `need` is more than `have`."""
+
+    need: int
+    have: int
+    parts: dict[str, int]
+    """What `need` is made of: 'holes', 'swapped', 'outside-cma', 'pages', 'folios', 'states'."""
+    holes_filled: int
+    """Bytes of holes that preserving fills, and that stay filled after an abort."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanView:
+    """What an update would do now."""
+
+    steps: Sequence[StepView]
+    memory: MemoryView
+    blockers: Sequence[str]
+    """Why it would be refused; () when it would start."""
+    kills: Sequence[str]
+    """Processes that a direct jump ends, as 'name[pid]'."""
+    kills_total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventView:
+    """Something happened during an update."""
+
+    time: int
+    update: str
+    state: str
+    kind: str
+    """'state', 'step', 'instance', 'undo', 'held', 'problem', 'done', 'failed'."""
+    message: str
+    instance: str = ""
+    seconds: float = 0.0
+    """How long the step took, where it is one that ended."""
+    fraction: float = 0.0
+    """Of the phase that is under way, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimView:
+    """The answer to a claim (decision 24)."""
+
+    answer: str
+    """'fds': here they are; 'cold': no such instance came, start from disk; 'hold': it exists, do not start."""
+    reason: str
+    names: Sequence[str] = ()
+    """Of the descriptors that come with the answer, in order."""
+    fds: Sequence[int] = ()
+    """Machine descriptors, owned by the caller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanView:
+    """One row of a ledger: how long a phase, or an instance in it, took."""
+
+    phase: str
+    """A state's name; 'between' is from the last word of the old kernel to the first of the new khod; 'blackout' from
+    the first instance stopped to restored."""
+    instance: str
+    seconds: float
+    uncertainty: float
+    """Plus or minus, in seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateView:
+    """One update of the past, or the one under way."""
+
+    update: str
+    started: int
+    outcome: str
+    """The state it ended in, or is in."""
+    reason: str
+    from_release: str
+    to_release: str
+    spans: Sequence[SpanView]
+    instances: Sequence[str]
+    left_behind: Sequence[str]
+    """Optional instances that did not come along, each with its reason."""
+    checked: str
+    """Which frames and bytes were verified, in a sentence."""
+    problems: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderView:
+    """Totals of one order of the folio map."""
+
+    order: int
+    folios: int
+    bitmaps: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectionView:
+    """The handover tree and the folio map in force."""
+
+    source: str
+    """'outgoing', 'incoming', or 'none' when nothing is preserved."""
+    tree: str
+    """The tree as device-tree source."""
+    map_address: int
+    map_pages: int
+    map_sha256: str
+    orders: Sequence[OrderView]
