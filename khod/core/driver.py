@@ -49,8 +49,8 @@ class StateBound:
 class Declaration:
     """What a driver says of an instance when it is registered; the core does the rest.
 
-    States get the tokens after those of `fds`, in order. `properties` are raw device-tree values (see ``khod.abi.tree``
-    for helpers) whose names do not begin with ``khod,``; `size` is what people are told. Their sizes bound the handover
+    States get the tokens after those of `fds`, in order. `properties` are raw device-tree values (see ``khod.abi.cells``
+    makes them) whose names do not begin with ``khod,``; `size` is what people are told. Their sizes bound the handover
     tree before it is preserved: freeze may change values, never make them longer.
     """
 
@@ -115,7 +115,12 @@ class Instance:
     fds: Mapping[str, int]
     states: Mapping[str, StateArea]
     properties: Mapping[str, bytes]
-    """Its node's properties: as declared, or on restore as the previous kernel's khod left them."""
+    """Its node's properties: as declared, or on restore as the previous kernel's khod left them (`khod.abi.cells` reads)."""
+
+    @property
+    def path(self) -> str:
+        """What to call it in messages about its properties."""
+        return self.name
 
 
 class Driver(Protocol):

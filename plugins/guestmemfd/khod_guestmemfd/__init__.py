@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from khod.abi import tree
+from khod.abi import cells
 from khod.core.ports import (
     F_SEAL_EXEC,
     F_SEAL_FUTURE_WRITE,
@@ -54,8 +54,8 @@ def khod_declare(machine: Machine, request: Request) -> Declaration:
         compatible=COMPATIBLE,
         fds=tuple(Preserve(name, fd) for name, fd in request.fds.items()),
         properties={
-            "memory-sizes": tree.u64_list([s.size for s in stats.values()]),
-            "memory-seals": tree.u64_list([s.seals for s in stats.values()]),
+            "memory-sizes": cells.u64s([s.size for s in stats.values()]),
+            "memory-seals": cells.u64s([s.seals for s in stats.values()]),
         },
         size=sum(s.size for s in stats.values()),
     )
@@ -90,8 +90,8 @@ def khod_freeze(instance: Instance) -> Mapping[str, bytes]:
     """Sizes and seals as they are at the end; nothing is stopped, for nothing of ours runs."""
     stats = [instance.machine.files.stat(fd) for fd in instance.fds.values()]
     return {
-        "memory-sizes": tree.u64_list([s.size for s in stats]),
-        "memory-seals": tree.u64_list([s.seals for s in stats]),
+        "memory-sizes": cells.u64s([s.size for s in stats]),
+        "memory-seals": cells.u64s([s.seals for s in stats]),
     }
 
 
@@ -110,8 +110,8 @@ def khod_describe(instance: Instance) -> Mapping[str, str]:
 def khod_restore(instance: Instance) -> None:
     """Same sizes as they had. Seals that were set after the preserve are not carried by the kernel: set them again."""
     files = instance.machine.files
-    sizes = tree.as_u64_list(instance.properties, "memory-sizes", where=instance.name)
-    seals = tree.as_u64_list(instance.properties, "memory-seals", where=instance.name)
+    sizes = cells.as_u64s(instance, "memory-sizes")
+    seals = cells.as_u64s(instance, "memory-seals")
     if not len(sizes) == len(seals) == len(instance.fds):
         raise FormatError(f"{instance.name}: {len(sizes)} sizes and {len(seals)} seals for {len(instance.fds)} memfds")
     for (name, fd), size, wanted in zip(instance.fds.items(), sizes, seals, strict=True):

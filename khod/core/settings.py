@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What an operator may set of the core's policy. ``khod.config`` reads these from a file; the defaults stand here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from khod.folio.units import DEFAULT_MAX_ORDER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Policy. Times are seconds; each bounds one answer of one instance, client or system call of that kind."""
+
+    preparing: float = 120.0
+    """For one instance to be prepared and preserved, and for one client to answer `preparing`."""
+    freezing: float = 10.0
+    """For one client to stand still, one instance to freeze, one client to commit."""
+    sync: float = 60.0
+    """For the file systems to be written out."""
+    restoring: float = 120.0
+    """For one instance to be restored."""
+    reserve: int = 64 << 20
+    """Bytes of memory that an update must leave free."""
+    max_order: int = DEFAULT_MAX_ORDER
+    """Largest folio order that the map may hold."""
+    sample_pages: int = 16
+    """Pages of each instance whose frame is compared across the jump before it is handed out."""
+    sample_budget: float = 0.050
+    """For reading bytes of sampled pages while everything stands still: of all instances together."""
+    full: bool = False
+    """Hash every byte of every instance while frozen, and compare before anything is handed out."""

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The steps of an update: each can be described before it runs, applied, and undone.
+
+``undo`` runs for every step that was begun, last first, whether ``apply`` ended well or not; so each undoes what is there and
+assumes nothing. A step that deals with instances tells the update which of them fail; the update decides what that means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING
+
+from khod.core.blocking import blocking, opening
+from khod.core.clients import Client, Lease
+from khod.core.outgoing import SESSION
+from khod.core.registry import Entry, InstanceState, order
+from khod.core.state import State
+from khod.errors import DeadlinePassed, KhodError, Refused
+
+if TYPE_CHECKING:
+    from khod.core.update import Update
+
+logger = logging.getLogger(__name__)
+
+
+class Step:
+    """One step. `limit` is what bounds its apply as a whole, in seconds; None where it bounds its parts itself."""
+
+    name: str
+    phase: State
+
+    def __init__(self, update: Update) -> None:
+        self.update = update
+
+    @property
+    def limit(self) -> float | None:
+        """Seconds, or None."""
+        return None
+
+    def describe(self) -> str:
+        """What it will do, in a sentence, before it does."""
+        raise NotImplementedError  # pragma: no cover
+
+    async def apply(self) -> None:
+        """Do it."""
+
+    async def undo(self) -> None:
+        """Take it back, however far it came."""
+
+
+class Announce(Step):
+    """Tell the clients before anything is preserved (decision 1), and when everything is undone."""
+
+    name, phase = "announce", State.PREPARING
+
+    def describe(self) -> str:
+        return f"tell {len(self.update.clients)} clients that memory is about to be preserved"
+
+    async def apply(self) -> None:
+        await self.update.ask_clients("preparing", self.update.settings.preparing, lambda c: c.preparing(self.update.id))
+
+    async def undo(self) -> None:
+        await self.update.tell_clients("resume", lambda c: c.resume(self.update.id))
+
+
+class OpenSessions(Step):
+    """One kernel session per instance, in the order in which the kernel shall freeze them, khod's own last (decision 2)."""
+
+    name, phase = "sessions", State.PREPARING
+
+    def describe(self) -> str:
+        return f"create {len(self.update.entries)} sessions khod.{self.update.id}.N and the session {SESSION!r}"
+
+    async def apply(self) -> None:
+        update = self.update
+        for number, entry in enumerate(update.against_order(), 1):
+            name = update.outgoing.session_name(number)
+            entry.session = await self._create(name)
+            entry.session_name = name
+        update.outgoing.session = await self._create(SESSION)
+
+    async def _create(self, name: str) -> int:
+        machine = self.update.machine
+        return await opening(machine.files.close, machine.liveupdate.create_session, name)
+
+    async def undo(self) -> None:
+        update = self.update
+        for entry in update.all_entries:
+            if entry.session >= 0:
+                await blocking(entry.close_session, update.machine)
+            if entry.state in (InstanceState.PRESERVED, InstanceState.FROZEN):
+                entry.state = update.state_before[entry.name]
+            entry.properties = dict(entry.declaration.properties)
+        await blocking(update.outgoing.close)
+
+
+class PreserveInstances(Step):
+    """Let drivers prepare, preserve every descriptor, learn the frames: in dependency order, independent ones at once."""
+
+    name, phase = "preserve", State.PREPARING
+
+    def describe(self) -> str:
+        names = ", ".join(e.name for e in self.update.entries) or "none"
+        return f"preserve {len(self.update.entries)} instances and learn their frames: {names}"
+
+    async def apply(self) -> None:
+        generations = order(self.update.entries)
+        await each(self.update, generations, self._one, self.update.settings.preparing)
+
+    async def _one(self, entry: Entry) -> None:
+        update = self.update
+        assert entry.driver is not None
+        update.to_thaw[entry.name] = entry
+        await entry.driver.prepare(entry.view(update.machine))
+        await blocking(update.outgoing.create_states, entry)
+        await blocking(update.outgoing.preserve, entry)
+        entry.state = InstanceState.PRESERVED
+
+    async def undo(self) -> None:
+        await self.update.thaw(self.update.all_entries)
+
+
+class PreserveBookkeeping(Step):
+    """The handover tree and the folio map get their memory (decision 9)."""
+
+    name, phase = "bookkeeping", State.PREPARING
+
+    def describe(self) -> str:
+        return "preserve the memory of the handover tree and of the folio map"
+
+    @property
+    def limit(self) -> float:
+        return self.update.settings.preparing
+
+    async def apply(self) -> None:
+        await blocking(self.update.outgoing.preserve_bookkeeping)
+
+
+class LoadImage(Step):
+    """kexec_file_load, the last step of preparing (decision 11)."""
+
+    name, phase = "load", State.PREPARING
+
+    def describe(self) -> str:
+        image = self.update.image
+        return f"load {image.kernel} {'with ' + image.initrd if image.initrd else 'without initrd'}: {image.cmdline!r}"
+
+    @property
+    def limit(self) -> float:
+        return self.update.settings.preparing
+
+    async def apply(self) -> None:
+        await blocking(self.update.machine.kexec.load, self.update.image)
+
+    async def undo(self) -> None:
+        await blocking(self.update.machine.kexec.unload)
+
+
+class FirstSync(Step):
+    """Write the file systems out while the workload still runs, so that the sync that counts is short (decision 15)."""
+
+    name, phase = "first sync", State.PREPARING
+
+    def describe(self) -> str:
+        return "write out all file systems, to make the sync that counts short"
+
+    @property
+    def limit(self) -> float:
+        return self.update.settings.sync
+
+    async def apply(self) -> None:
+        await blocking(self.update.machine.filesystems.sync)
+
+
+class Quiesce(Step):
+    """Every client stands still and gives a lease on that (decision 13)."""
+
+    name, phase = "quiesce", State.FREEZING
+
+    def describe(self) -> str:
+        return f"have {len(self.update.clients)} clients stand still"
+
+    async def apply(self) -> None:
+        async def one(client: Client) -> None:
+            self.update.leases[client] = await client.quiesce(self.update.id)
+
+        await self.update.ask_clients("quiesce", self.update.settings.freezing, one)
+
+
+class FreezeInstances(Step):
+    """Drivers stop their instances and write their states, against the order of dependencies (decision 12)."""
+
+    name, phase = "freeze", State.FREEZING
+
+    def describe(self) -> str:
+        return "freeze " + (", then ".join(_names(g) for g in reversed(order(self.update.entries))) or "nothing")
+
+    async def apply(self) -> None:
+        generations = [*reversed(order(self.update.entries))]
+        await each(self.update, generations, self._one, self.update.settings.freezing)
+
+    async def _one(self, entry: Entry) -> None:
+        assert entry.driver is not None
+        entry.properties.update(await entry.driver.freeze(entry.view(self.update.machine)))
+        entry.state = InstanceState.FROZEN
+
+
+class Sync(Step):
+    """Write out what guests believe to be on disk; never best-effort (decision 15)."""
+
+    name, phase = "sync", State.FREEZING
+
+    def describe(self) -> str:
+        return "write out all file systems: the page cache does not survive, what guests believe on disk must be there"
+
+    @property
+    def limit(self) -> float:
+        return self.update.settings.sync
+
+    async def apply(self) -> None:
+        await blocking(self.update.machine.filesystems.sync)
+
+
+class WriteBookkeeping(Step):
+    """Sample frames and bytes, write map and tree into their preserved memory."""
+
+    name, phase = "write", State.FREEZING
+
+    def describe(self) -> str:
+        settings = self.update.settings
+        how = "every byte" if settings.full else f"up to {settings.sample_pages} pages each"
+        return f"sample {how}, write the folio map and the handover tree"
+
+    async def apply(self) -> None:
+        await blocking(self.update.outgoing.take_samples)
+        await blocking(self.update.outgoing.write)
+
+
+class Commit(Step):
+    """Ask every client once more, on the lease it gave (decision 13); it is the last question."""
+
+    name, phase = "commit", State.EXECUTING
+
+    def describe(self) -> str:
+        return "ask every client whether it still stands still"
+
+    async def apply(self) -> None:
+        update = self.update
+        await update.ask_clients(
+            "commit", update.settings.freezing, lambda c: _commit(c, update.id, update.leases[c]), may_leave=False
+        )
+        if not await blocking(update.machine.kexec.loaded):
+            raise Refused("the loaded kernel image is gone", hint="somebody else unloaded it; start the update again")
+
+
+class Execute(Step):
+    """Journal the intent, then jump (decision 16)."""
+
+    name, phase = "execute", State.EXECUTING
+
+    def describe(self) -> str:
+        return "journal the jump, and reboot(LINUX_REBOOT_CMD_KEXEC): every process on this host ends"
+
+    async def apply(self) -> None:
+        update = self.update
+        update.journal_executing()
+        await update.tell_clients("executing", lambda c: c.executing(update.id))
+        await blocking(update.outgoing.write_stamp)
+        # Shielded by nature: it returns only by failing, and then everything is undone like after any other failure.
+        await blocking(update.machine.kexec.execute)
+
+
+STEPS: tuple[type[Step], ...] = (
+    Announce,
+    OpenSessions,
+    PreserveInstances,
+    PreserveBookkeeping,
+    FirstSync,
+    LoadImage,
+    Quiesce,
+    FreezeInstances,
+    Sync,
+    WriteBookkeeping,
+    Commit,
+    Execute,
+)
+
+
+async def _commit(client: Client, update: str, lease: Lease) -> None:
+    if not lease.valid:
+        raise DeadlinePassed(f"client {client.name}: the connection on which it said READY is gone")
+    await client.commit(update, lease)
+    if not lease.valid:
+        raise DeadlinePassed(f"client {client.name}: went away while it was asked to commit")
+
+
+async def each(
+    update: Update, generations: Iterable[list[Entry]], work: Callable[[Entry], Awaitable[None]], limit: float
+) -> None:
+    """Do `work` for every entry that is still part of the update; generations one after the other, one's entries at once.
+
+    A failure is the instance's own: `Update.instance_failed` decides whether it is the update's too.
+    """
+    for generation in generations:
+        present = [e for e in generation if e.name not in update.left_behind]
+        failures = await asyncio.gather(*(_bounded(update, e, work, limit) for e in present))
+        for entry, failure in zip(present, failures, strict=True):
+            if failure is not None:
+                await update.instance_failed(entry, failure)
+
+
+async def _bounded(update: Update, entry: Entry, work: Callable[[Entry], Awaitable[None]], limit: float) -> KhodError | None:
+    started = update.machine.clock.stamp()
+    try:
+        async with asyncio.timeout(limit):
+            await work(entry)
+    except TimeoutError:
+        return DeadlinePassed(f"instance {entry.name}: no end within {limit:g} s")
+    except KhodError as error:
+        return error
+    update.instance_done(entry, started)
+    return None
+
+
+def _names(entries: Iterable[Entry]) -> str:
+    return ", ".join(e.name for e in entries)

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One update in the old kernel: a transaction that goes through whole or is undone whole.
+
+`Update.run` walks the steps of `khod.core.steps` phase by phase. Whatever fails before the kernel is gone (a step, a required
+instance, a deadline, an operator's abort, reboot(2) that comes back), every step that was begun is undone, last first, past
+undos that fail themselves; the workload goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+from khod.core.clients import Client, Lease
+from khod.core.events import Broadcast
+from khod.core.journal import Journal
+from khod.core.ledger import Ledger
+from khod.core.outgoing import Outgoing
+from khod.core.ports import Boot, Image, Machine, Stamp
+from khod.core.registry import Entry, dependents, order
+from khod.core.settings import Settings
+from khod.core.state import TRANSITIONS, State
+from khod.core.steps import STEPS, Step
+from khod.core.views import EventView, StepView
+from khod.errors import DeadlinePassed, KhodError, UpdateFailed
+
+logger = logging.getLogger(__name__)
+
+_PHASES = (
+    (State.PREPARING, State.PREPARED),
+    (State.FREEZING, State.FROZEN),
+    (State.EXECUTING, None),
+)
+_JOURNALLED = frozenset({State.PREPARING, State.ABORTED, State.FAILED, State.IDLE})
+"""States whose record must be on disk before what follows: the others between them cost the workload an fsync and would
+change nothing for a khod that starts and finds them (decision 14). `executing` is journalled by its step, with its data."""
+
+
+class Update:
+    """One update. Its `state` is khod's until it ends."""
+
+    def __init__(
+        self,
+        ident: str,
+        *,
+        machine: Machine,
+        settings: Settings,
+        boot: Boot,
+        journal: Journal,
+        events: Broadcast,
+        entries: Sequence[Entry],
+        clients: Sequence[Client],
+        image: Image,
+        hold_at: State | None = None,
+    ) -> None:
+        self.id, self.machine, self.settings, self.boot = ident, machine, settings, boot
+        self.image, self.hold_at = image, hold_at
+        self.state = State.IDLE
+        self.held = False
+        self.all_entries = [e for generation in order(entries) for e in generation]
+        """In dependency order, with those that are left behind."""
+        self.state_before = {e.name: e.state for e in entries}
+        self.clients = list(clients)
+        self.leases: dict[Client, Lease] = {}
+        self.to_thaw: dict[str, Entry] = {}
+        """Whose driver was told to prepare and not yet to thaw."""
+        self.left_behind: dict[str, str] = {}
+        """Optional instances that do not come along, and why."""
+        self.outgoing = Outgoing(machine, settings, ident, boot.boot_id)
+        self.ledger = Ledger()
+        self.problems: list[str] = []
+        self.reason = ""
+        self._journal, self._events = journal, events
+        self._steps = [step(self) for step in STEPS]
+        self._begun: list[Step] = []
+        self._go = asyncio.Event()
+        self._task: asyncio.Task[State] | None = None
+        self._aborting = False
+        self._frozen_at: Stamp | None = None
+
+    @property
+    def entries(self) -> list[Entry]:
+        """In dependency order, without those that are left behind."""
+        return [e for e in self.all_entries if e.name not in self.left_behind]
+
+    def against_order(self) -> list[Entry]:
+        """The order of freezing: those that require others first (decision 12)."""
+        return self.entries[::-1]
+
+    def plan(self) -> list[StepView]:
+        """Every step, before any runs."""
+        return [StepView(phase=s.phase, name=s.name, describe=s.describe()) for s in self._steps]
+
+    # Driving
+
+    def start(self) -> asyncio.Task[State]:
+        """Run as a task of its own: it is khod's, not that of whoever asked for it."""
+        self._task = asyncio.create_task(self.run(), name=f"update {self.id}")
+        return self._task
+
+    async def run(self) -> State:
+        """Go through; returns the state that it ended in, which after a jump it never does."""
+        try:
+            for phase, reached in _PHASES:
+                await self._phase(phase)
+                if reached is not None:
+                    await self._reach(reached)
+        except asyncio.CancelledError:
+            self.reason = "aborted by an operator" if self._aborting else "khod is being stopped"
+            await self._undo_shielded()
+            if not self._aborting:
+                raise
+        except Exception as error:
+            if not isinstance(error, KhodError):
+                logger.exception("update %s", self.id)
+            self.reason = str(error) or repr(error)
+            await self._undo_shielded()
+        return self.state
+
+    def proceed(self) -> bool:
+        """Let a held update go on; False if it is not held."""
+        was, self.held = self.held, False
+        self._go.set()
+        return was
+
+    async def abort(self) -> State:
+        """Undo it; returns the state reached. A jump that is being tried can no longer be stopped: its failure is awaited."""
+        assert self._task is not None
+        if self.state not in (State.EXECUTING, State.ABORTING):
+            self._aborting = True
+            self._task.cancel()
+        return await asyncio.shield(self._task)
+
+    def _enter(self, state: State, message: str = "") -> None:
+        if state not in TRANSITIONS[self.state]:
+            raise AssertionError(f"no way from {self.state} to {state}")
+        self.state = state
+        if state in _JOURNALLED:
+            self._journal.note(self.id, "state", state=state, **self._outcome() if not state.outgoing else {})
+        self.say("state", message or state)
+
+    async def _reach(self, state: State) -> None:
+        """Enter a state and stay there if it is the one to hold at."""
+        self._enter(state)
+        if state is self.hold_at:
+            self.held = True
+            self.say("held", f"held at {state}: `khoctl continue` or `khoctl abort`")
+            await self._go.wait()
+
+    async def _phase(self, phase: State) -> None:
+        started = self.machine.clock.stamp()
+        if phase is State.FREEZING:
+            self._frozen_at = started
+        if phase is not State.EXECUTING:
+            await self._reach(phase)
+            started = self.machine.clock.stamp()
+        steps = [s for s in self._steps if s.phase is phase]
+        for number, step in enumerate(steps):
+            await self._apply(step, number / len(steps))
+        self.ledger.add(phase, _seconds(started, self.machine.clock.stamp()))
+
+    async def _apply(self, step: Step, fraction: float) -> None:
+        self._begun.append(step)
+        started = self.machine.clock.stamp()
+        try:
+            async with asyncio.timeout(step.limit):
+                await step.apply()
+        except TimeoutError:
+            raise DeadlinePassed(f"step {step.name!r}: no end within {step.limit:g} s") from None
+        seconds = _seconds(started, self.machine.clock.stamp())
+        self.say("step", step.describe(), seconds=seconds, fraction=fraction)
+
+    def journal_executing(self) -> None:
+        """The intent, durable before the syscall, with what a successor needs that finds no usable tree (decisions 16, 23)."""
+        self.state = State.EXECUTING
+        assert self._frozen_at is not None
+        now = self.machine.clock.stamp()
+        self.ledger.add("freezing to executing", _seconds(self._frozen_at, now))
+        self._journal.note(
+            self.id,
+            "state",
+            state=State.EXECUTING,
+            sessions=self.outgoing.sessions_record(),
+            image={"kernel": self.image.kernel, "initrd": self.image.initrd, "sha256": self.image.sha256},
+            release=self.boot.release,
+            spans=self.ledger.record(),
+            frozen_for=_seconds(self._frozen_at, now),
+            monotonic=now.monotonic,
+            left_behind=self.left_behind,
+        )
+        self.say("state", State.EXECUTING)
+
+    # Undoing
+
+    async def _undo_shielded(self) -> None:
+        """Undo to the end, whatever is cancelled meanwhile: half an undo is the one thing that nobody can want."""
+        undo = asyncio.ensure_future(self._undo())
+        while not undo.done():
+            try:
+                await asyncio.shield(undo)
+            except asyncio.CancelledError:
+                logger.warning("update %s: undoing goes on", self.id)
+        undo.result()
+
+    async def _undo(self) -> None:
+        self.held = False
+        self._enter(State.ABORTING, self.reason)
+        for step in reversed(self._begun):
+            try:
+                await step.undo()
+            except Exception as error:
+                if not isinstance(error, KhodError):
+                    logger.exception("undo of %s", step.name)
+                self.problem(f"could not undo {step.name!r}: {error}")
+            else:
+                self.say("undo", f"undone: {step.name}")
+        self._enter(State.FAILED if self.problems else State.ABORTED, self.reason)
+        self.say("failed", self.reason)
+
+    def _outcome(self) -> dict[str, Any]:
+        return {
+            "reason": self.reason,
+            "problems": self.problems,
+            "spans": self.ledger.record(),
+            "left_behind": self.left_behind,
+            "instances": [e.name for e in self.entries],
+            "release": self.boot.release,
+        }
+
+    async def thaw(self, entries: Iterable[Entry]) -> None:
+        """Let drivers undo prepare and freeze, in dependency order; one that fails keeps nobody else frozen."""
+        for entry in entries:
+            if self.to_thaw.pop(entry.name, None) is None:
+                continue
+            assert entry.driver is not None
+            try:
+                async with asyncio.timeout(self.settings.freezing):
+                    await entry.driver.thaw(entry.view(self.machine))
+            except TimeoutError:
+                self.problem(f"instance {entry.name}: its driver did not thaw it within {self.settings.freezing:g} s")
+            except KhodError as error:
+                self.problem(f"instance {entry.name}: its driver could not thaw it: {error}")
+
+    # Instances and clients
+
+    async def instance_failed(self, entry: Entry, error: KhodError) -> None:
+        """A required instance fails the update, and so does an optional one that a required one depends on; an optional one
+        is left behind with all that depend on it. Raises UpdateFailed."""
+        leaving = [entry, *dependents(entry, self.entries)]
+        if required := [e for e in leaving if e.required]:
+            by = "" if required[0] is entry else f", which {required[0].name} requires"
+            raise UpdateFailed(f"instance {entry.name}{by}: {error.message}", hint=error.hint)
+        for e in leaving:
+            if e.name not in self.left_behind:
+                await self._leave_behind(e, error.message if e is entry else f"requires {entry.name}, which stays behind")
+
+    async def _leave_behind(self, entry: Entry, reason: str) -> None:
+        from khod.core.blocking import blocking
+
+        self.left_behind[entry.name] = reason
+        self.say("problem", f"left behind: {entry.name}: {reason}", instance=entry.name)
+        await self.thaw([entry])
+        await blocking(self.outgoing.forget, entry)
+        await blocking(entry.close_session, self.machine)
+        entry.state = self.state_before[entry.name]
+
+    def instance_done(self, entry: Entry, started: Stamp) -> None:
+        """An instance's share of the phase that is under way."""
+        seconds = _seconds(started, self.machine.clock.stamp())
+        self.ledger.add(self.state, seconds, instance=entry.name)
+        self.say("instance", f"{self.state}: {entry.name}", instance=entry.name, seconds=seconds)
+
+    async def ask_clients(
+        self, what: str, limit: float, ask: Callable[[Client], Awaitable[None]], *, may_leave: bool = True
+    ) -> None:
+        """Ask every client that speaks for something in this update, all at once. One that fails, or does not answer within
+        `limit` seconds, fails its instances; with `may_leave` False, the update."""
+        present = [c for c in self.clients if not all(name in self.left_behind for name in c.instances) or not c.instances]
+        failures = await asyncio.gather(*(_asked(c, what, ask, limit) for c in present))
+        for client, failure in zip(present, failures, strict=True):
+            if failure is None:
+                continue
+            spoken_for = [e for e in self.entries if e.name in client.instances]
+            if not may_leave or not spoken_for:
+                raise UpdateFailed(failure.message, hint=failure.hint)
+            for entry in spoken_for:
+                if entry.name not in self.left_behind:
+                    await self.instance_failed(entry, failure)
+
+    async def tell_clients(self, what: str, tell: Callable[[Client], Awaitable[None]]) -> None:
+        """Tell every client; whether one hears it changes nothing but the report."""
+        failures = await asyncio.gather(*(_asked(c, what, tell, self.settings.freezing) for c in self.clients))
+        for failure in failures:
+            if failure is not None:
+                self.say("problem", failure.message)
+
+    # Telling
+
+    def problem(self, text: str) -> None:
+        """Something that could not be undone."""
+        logger.error("update %s: %s", self.id, text)
+        self.problems.append(text)
+        self.say("problem", text)
+
+    def say(self, kind: str, message: str, *, instance: str = "", seconds: float = 0.0, fraction: float = 0.0) -> None:
+        """To whoever listens."""
+        logger.info("update %s: %s: %s", self.id, kind, message)
+        self._events.send(
+            EventView(
+                time=self.machine.clock.stamp().realtime,
+                update=self.id,
+                state=self.state,
+                kind=kind,
+                message=message,
+                instance=instance,
+                seconds=seconds,
+                fraction=fraction,
+            )
+        )
+
+
+async def _asked(client: Client, what: str, ask: Callable[[Client], Awaitable[None]], limit: float) -> KhodError | None:
+    try:
+        async with asyncio.timeout(limit):
+            await ask(client)
+    except TimeoutError:
+        return DeadlinePassed(f"client {client.name}: no answer to {what} within {limit:g} s")
+    except KhodError as error:
+        return error
+    except Exception as error:
+        logger.exception("client %s: %s", client.name, what)
+        return KhodError(f"client {client.name}: {what}: {type(error).__name__}: {error}")
+    return None
+
+
+def _seconds(start: Stamp, end: Stamp) -> float:
+    return (end.monotonic - start.monotonic) / 1e9
