@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Files in memory, and descriptors: the port `Files` of the running kernel. A machine's descriptors are real ones here."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat as st
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from khod.abi.liveupdate import SESSION_LINK_PREFIX
+from khod.core.ports import WINDOW, FileStat
+from khod.errors import BadDescriptor, FileFrozen, MachineError
+
+F_ADD_SEALS = 1033
+F_GET_SEALS = 1034
+MFD_EXEC = 0x10
+"""linux/fcntl.h and linux/memfd.h: Python 3.11 does not name MFD_EXEC."""
+
+_GUEST_MEMFD_LINKS = ("/[kvm-gmem] (deleted)", "anon_inode:[kvm-gmem]")
+_VFIO_LINK = "anon_inode:[vfio-device]"
+_BLOCK = 512
+"""The unit of st_blocks, whatever the file system."""
+
+
+class KernelFiles:
+    """The port `Files` of the running kernel."""
+
+    def memfd(self, name: str, size: int) -> int:
+        """See the port."""
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        with _said(f"make memfd {name!r} of {size} bytes"):
+            try:
+                fd = os.memfd_create(name, flags | MFD_EXEC)
+            except OSError as e:
+                if e.errno != errno.EINVAL:
+                    raise
+                # Since Linux 6.3 (105ff5339f49, "mm/memfd: add MFD_NOEXEC_SEAL and MFD_EXEC"). Before, all are executable.
+                fd = os.memfd_create(name, flags)
+            try:
+                os.ftruncate(fd, size)
+            except OSError:
+                os.close(fd)
+                raise
+        return fd
+
+    def stat(self, fd: int) -> FileStat:
+        """See the port."""
+        with _said(f"look at descriptor {fd}"):
+            status = os.fstat(fd)
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            seals = _seals(fd)
+            kind = _kind(fd, status, sealable=seals is not None)
+            allocated = status.st_blocks * _BLOCK
+            return FileStat(
+                kind=kind,
+                size=status.st_size,
+                allocated=allocated,
+                resident=_resident(fd, status.st_size, allocated) if kind == "memfd" else allocated,
+                inode=(status.st_dev, status.st_ino),
+                seals=seals or 0,
+                readable=not flags & os.O_PATH and flags & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR),
+                writable=not flags & os.O_PATH and flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR),
+            )
+
+    def read(self, fd: int, offset: int, length: int) -> bytes:
+        """See the port."""
+        parts = []
+        with _said(f"read {length} bytes of descriptor {fd} at {offset}"):
+            while length and (part := os.pread(fd, length, offset)):
+                parts.append(part)
+                offset += len(part)
+                length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def write(self, fd: int, offset: int, data: bytes | memoryview) -> None:
+        """See the port."""
+        view = memoryview(data).cast("B")
+        with _said(f"write {len(view)} bytes to descriptor {fd} at {offset}"):
+            while view:
+                done = os.pwrite(fd, view, offset)
+                view, offset = view[done:], offset + done
+
+    def add_seals(self, fd: int, seals: int) -> None:
+        """See the port."""
+        with _said(f"add seals {seals:#x} to descriptor {fd}"):
+            fcntl.fcntl(fd, F_ADD_SEALS, seals)
+
+    def truncate(self, fd: int, size: int) -> None:
+        """See the port."""
+        with _said(f"set the size of descriptor {fd} to {size}"):
+            os.ftruncate(fd, size)
+
+    def duplicate(self, fd: int) -> int:
+        """See the port."""
+        with _said(f"duplicate descriptor {fd}"):
+            return os.dup(fd)
+
+    def close(self, fd: int) -> None:
+        """See the port."""
+        with _said(f"close descriptor {fd}"):
+            os.close(fd)
+
+    def adopt(self, real: int) -> int:
+        """See the port."""
+        with _said(f"adopt descriptor {real}"):
+            os.set_inheritable(real, False)
+        return real
+
+    def export(self, fd: int) -> int:
+        """See the port."""
+        return self.duplicate(fd)
+
+
+@contextmanager
+def _said(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno == errno.EBADF:
+            raise BadDescriptor(what)
+        if e.errno == errno.EPERM:
+            raise FileFrozen(what)
+        raise MachineError(what, errno=e.errno)
+
+
+def _seals(fd: int) -> int | None:
+    # Only shmem and hugetlbfs know seals (mm/memfd.c, memfd_file_seals_ptr): everybody else says EINVAL, O_PATH EBADF.
+    try:
+        return fcntl.fcntl(fd, F_GET_SEALS)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.EBADF):
+            raise
+        return None
+
+
+def _kind(fd: int, status: os.stat_result, *, sealable: bool) -> str:
+    link = str(Path(f"/proc/self/fd/{fd}").readlink())
+    if st.S_ISREG(status.st_mode):
+        if sealable and status.st_nlink == 0:
+            # Both answer to seals; hugetlbfs_statfs() gives the size of its huge pages as block size, shmem a page.
+            return "hugetlb" if os.fstatvfs(fd).f_bsize > os.sysconf("SC_PAGESIZE") else "memfd"
+        return "guest_memfd" if link in _GUEST_MEMFD_LINKS and status.st_nlink <= 1 else "other"
+    if st.S_ISCHR(status.st_mode):
+        return _character_device(status.st_rdev)
+    if link.startswith(SESSION_LINK_PREFIX.rstrip()):
+        return "session"
+    return "vfio" if link == _VFIO_LINK else "other"
+
+
+def _character_device(device: int) -> str:
+    # By the kernel's own name of the device: the path it was opened by may be anything.
+    with suppress(OSError):
+        target = Path(f"/sys/dev/char/{os.major(device)}:{os.minor(device)}").readlink()
+        if target.match("misc/iommu"):
+            return "iommufd"
+        if target.parent.name == "vfio-dev":
+            return "vfio"
+    return "other"
+
+
+def _resident(fd: int, size: int, allocated: int) -> int:
+    if not allocated or not _swap_in_use():
+        return allocated
+    from khod.kernel.libc import Mapping  # ctypes: only hosts that swap pay for it
+
+    page = os.sysconf("SC_PAGESIZE")
+    pages = 0
+    for offset in range(0, size, WINDOW):
+        with Mapping(fd, offset, min(WINDOW, size - offset)) as window:
+            pages += sum(byte & 1 for byte in window.resident())
+    return min(pages * page, allocated)
+
+
+def _swap_in_use() -> bool:
+    # Filename Type Size Used Priority, below one line of headings
+    return any(int(line.split()[3]) for line in Path("/proc/swaps").read_text().splitlines()[1:])

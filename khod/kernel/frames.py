@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which frames back a file, by /proc/PID/pagemap and /proc/kpageflags (Documentation/admin-guide/mm/pagemap.rst).
+
+A window of the file is mapped read-only, populated, looked up and unmapped again. `windows` is the way before the jump:
+gigabytes, by numpy. `pages` is the way after it: a sample, before numpy would even be imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from khod.core.ports import WINDOW, FolioWindow
+from khod.errors import BadDescriptor, MachineError
+from khod.folio.units import PAGE_SHIFT, PAGE_SIZE, Folio
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+PM_PRESENT = 1 << 63
+PM_PFN = (1 << 55) - 1
+KPF_COMPOUND_HEAD = 1 << 15
+KPF_COMPOUND_TAIL = 1 << 16
+"""include/uapi/linux/kernel-page-flags.h; pagemap's are in fs/proc/task_mmu.c."""
+
+_ENTRY = 8
+"""Bytes of an entry in both files."""
+_SPAN = 512
+"""Frames of kpageflags that are read at once when one folio is looked for: most folios have at most as many."""
+_MAX_FOLIO = 1 << 18
+"""Frames of the largest folio that Linux has (1 GiB)."""
+_GAP = 64
+"""Frames nobody asked for that are read along rather than starting another read: about what one more call costs."""
+
+
+class KernelFrames:
+    """The port `Frames` of the running kernel. Needs CAP_SYS_ADMIN, or the kernel shows every frame as 0."""
+
+    def windows(self, fd: int) -> Iterator[FolioWindow]:
+        """See the port."""
+        size = _size(fd)
+        for offset in range(0, size, WINDOW):
+            with _said(f"learn the frames of descriptor {fd} at {offset:#x}"):
+                yield _window(fd, offset, min(WINDOW, size - offset))
+
+    def pages(self, fd: int, indices: Sequence[int]) -> list[tuple[int, Folio]]:
+        """See the port."""
+        from khod.kernel.libc import Mapping  # ctypes
+
+        size = _size(fd)
+        found = []
+        with _said(f"learn the frames of {len(indices)} pages of descriptor {fd}"), _opened("kpageflags") as flags:
+            for index in indices:
+                offset = index << PAGE_SHIFT
+                if not 0 <= offset < size:
+                    raise MachineError(f"page {index} is outside descriptor {fd} of {size} bytes")
+                with Mapping(fd, offset, PAGE_SIZE) as page, _opened("self/pagemap") as pagemap:
+                    page.populate()
+                    (entry,) = _entries(pagemap, page.address >> PAGE_SHIFT, 1)
+                found.append((pfn := _frame(entry, index), _folio(flags, pfn)))
+        return found
+
+
+def _size(fd: int) -> int:
+    with _said(f"look at descriptor {fd}"):
+        return os.fstat(fd).st_size
+
+
+def _window(fd: int, offset: int, length: int) -> FolioWindow:
+    import numpy as np
+
+    from khod.kernel.libc import Mapping
+
+    pages = -(-length >> PAGE_SHIFT)
+    with Mapping(fd, offset, length) as window, _opened("self/pagemap") as pagemap:
+        window.populate()
+        entries = np.frombuffer(_entries(pagemap, window.address >> PAGE_SHIFT, pages), np.uint64)
+        with _opened("kpageflags") as flags:
+            pfns = _frames(entries, offset >> PAGE_SHIFT)
+            return _folios(flags, offset, pfns, _flags(flags, pfns))
+
+
+def _frames(entries: NDArray[np.uint64], first: int) -> NDArray[np.uint64]:
+    import numpy as np
+
+    pfns = entries & np.uint64(PM_PFN)
+    bad = np.flatnonzero((pfns == 0) | (entries & np.uint64(PM_PRESENT) == 0))
+    if bad.size:
+        _frame(int(entries[bad[0]]), first + int(bad[0]))
+    return pfns
+
+
+def _flags(kpageflags: int, pfns: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The flags of each frame, read in as few calls as reading at most `_GAP` frames too many between two allows."""
+    import numpy as np
+
+    order = np.argsort(pfns, kind="stable")
+    ascending = pfns[order].astype(np.int64)
+    cuts = np.flatnonzero(np.diff(ascending) > _GAP) + 1
+    starts, ends = np.concatenate(([0], cuts)), np.concatenate((cuts, [ascending.size]))
+    out = np.empty(pfns.size, np.uint64)
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        run = ascending[start:end]
+        first = int(run[0])
+        read = np.frombuffer(_entries(kpageflags, first, int(run[-1]) - first + 1), np.uint64)
+        out[order[start:end]] = read[run - first]
+    return out
+
+
+def _folios(kpageflags: int, offset: int, pfns: NDArray[np.uint64], flags: NDArray[np.uint64]) -> FolioWindow:
+    import numpy as np
+
+    tail = (flags & np.uint64(KPF_COMPOUND_TAIL)) != 0
+    head = (flags & np.uint64(KPF_COMPOUND_HEAD)) != 0
+    starts = np.flatnonzero(~tail)
+    if not starts.size or starts[0] != 0:  # the window begins inside a folio
+        starts = np.concatenate(([0], starts))
+    lengths = np.diff(np.append(starts, pfns.size))
+    firsts = pfns[starts]
+    orders = np.zeros(starts.size, np.uint8)
+    # A folio is whole in its file but for the ends of a window: those two are looked at one by one, and so is whatever
+    # does not look like a folio (its pages went elsewhere between the two reads, or the file is not preserved).
+    compound = head[starts]
+    whole = compound & (lengths & (lengths - 1) == 0)
+    orders[whole] = np.log2(lengths[whole]).astype(np.uint8)
+    single = ~compound & ~tail[starts] & (lengths == 1)
+    odd = np.flatnonzero(~(whole | single)).tolist()
+    for i in sorted({*odd, 0, starts.size - 1}):
+        firsts[i], orders[i] = _folio(kpageflags, int(firsts[i]))
+    return FolioWindow(offset, array("Q", firsts.tobytes()), array("B", orders.tobytes()))
+
+
+def _frame(entry: int, index: int) -> int:
+    """The frame in one entry of pagemap."""
+    if not entry & PM_PRESENT:
+        raise MachineError(f"page {index} of the file has no frame", hint="it was truncated or punched while it was read")
+    if not (pfn := entry & PM_PFN):
+        raise MachineError("the kernel hides frame numbers", hint="pagemap shows them to CAP_SYS_ADMIN only: run khod as root")
+    return pfn
+
+
+def _folio(kpageflags: int, pfn: int) -> Folio:
+    """The folio that holds a frame."""
+    head = _head(kpageflags, pfn)
+    if head is None:
+        return Folio(pfn, 0)
+    frames, at = 1, head + 1
+    while frames < _MAX_FOLIO:
+        tails = 0
+        for flags in (read := _entries(kpageflags, at, _SPAN)):
+            if not flags & KPF_COMPOUND_TAIL:
+                break
+            tails += 1
+        frames, at = frames + tails, at + tails
+        if tails < len(read) or not read:
+            break
+    return Folio(head, frames.bit_length() - 1)
+
+
+def _head(kpageflags: int, pfn: int) -> int | None:
+    """The first frame of the compound page that `pfn` is in; None when it is in none."""
+    (flags,) = _entries(kpageflags, pfn, 1)
+    if flags & KPF_COMPOUND_HEAD:
+        return pfn
+    if not flags & KPF_COMPOUND_TAIL:
+        return None
+    lowest = pfn & ~(_MAX_FOLIO - 1)
+    end = pfn
+    while end > lowest:
+        start = max(lowest, end - _SPAN)
+        for i, flags in enumerate(reversed(_entries(kpageflags, start, end - start))):
+            if flags & KPF_COMPOUND_HEAD:
+                return end - 1 - i
+        end = start
+    raise MachineError(f"frame {pfn:#x} is in a compound page that has no head")
+
+
+def _entries(file: int, first: int, count: int) -> array[int]:
+    """`count` entries of pagemap or kpageflags; fewer at the end of memory only."""
+    parts = []
+    offset, left = first * _ENTRY, count * _ENTRY
+    while left and (part := os.pread(file, left, offset)):
+        parts.append(part)
+        offset, left = offset + len(part), left - len(part)
+    return array("Q", b"".join(parts))
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[int]:
+    fd = os.open(f"/proc/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _said(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise (BadDescriptor if e.errno == errno.EBADF else MachineError)(what, errno=e.errno)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""All ports of the running Linux together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from khod.core.ports import Machine
+from khod.kernel.boot import KernelBootInfo
+from khod.kernel.clock import KernelClock
+from khod.kernel.files import KernelFiles
+from khod.kernel.filesystems import KernelFileSystems
+from khod.kernel.frames import KernelFrames
+from khod.kernel.kexec import KernelKexec
+from khod.kernel.liveupdate import KernelLiveUpdate
+from khod.kernel.memory import KernelMemory
+from khod.kernel.processes import KernelProcesses
+from khod.kernel.store import FileStore
+
+
+def machine(state_directory: Path) -> Machine:
+    """The running machine, with its journal in `state_directory`. Touches nothing until a port is called."""
+    return Machine(
+        liveupdate=KernelLiveUpdate(),
+        files=KernelFiles(),
+        frames=KernelFrames(),
+        memory=KernelMemory(),
+        kexec=KernelKexec(),
+        clock=KernelClock(),
+        store=FileStore(state_directory),
+        filesystems=KernelFileSystems(),
+        boot=KernelBootInfo(),
+        processes=KernelProcesses(),
+    )

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Other processes: the port `Processes` of the running kernel."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from khod.core.ports import Process
+from khod.errors import InvalidRequest, MachineError, NotPermitted
+
+PF_KTHREAD = 0x00200000
+"""include/linux/sched.h: the process is the kernel's own."""
+
+
+class KernelProcesses:
+    """The port `Processes` of the running kernel."""
+
+    def listing(self) -> tuple[Process, ...]:
+        """See the port."""
+        own = os.getpid()
+        pids = sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+        return tuple(process for pid in pids if pid != own and (process := _user_process(pid)))
+
+    def descriptor(self, pid: int, fd: int) -> int:
+        """See the port."""
+        from khod.kernel.libc import pidfd_getfd  # ctypes
+
+        what = f"take descriptor {fd} of process {pid}"
+        try:
+            pidfd = os.pidfd_open(pid)
+            try:
+                return pidfd_getfd(pidfd, fd)
+            finally:
+                os.close(pidfd)
+        except OSError as e:
+            match e.errno:
+                case errno.ESRCH | errno.EINVAL:
+                    raise InvalidRequest(f"{what}: there is no such process")
+                case errno.EBADF:
+                    raise InvalidRequest(f"{what}: it has no such descriptor")
+                case errno.EPERM | errno.EACCES:
+                    raise NotPermitted(f"{what}: not allowed", hint="it takes the right to trace that process (ptrace)")
+            raise MachineError(what, errno=e.errno)
+
+
+def _user_process(pid: int) -> Process | None:
+    """The process; None when it is the kernel's own, or ended meanwhile."""
+    try:
+        # pid (comm) state ppid …, where comm may itself hold blanks and parentheses; flags is the 7th field after it.
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    head, _, tail = stat.rpartition(")")
+    state, flags = tail.split()[0], int(tail.split()[6])
+    if flags & PF_KTHREAD or state in "ZX":
+        return None
+    return Process(pid, head.partition("(")[2])
