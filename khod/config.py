@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The configuration: a YAML file on the way in, frozen and typed values on the way out.
+
+Each field of the dataclasses below is the whole of one setting: its name in the file, its default, what values it takes
+(`Kind`) and its help. File, defaults and ``docs/configuration.md`` are made of these rows and of nothing else.
+
+PyYAML and msgspec are imported when there is a file to read: the restore path of a host without one pays for neither.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, NamedTuple, TypeVar, cast, get_type_hints
+
+from khod.errors import InvalidRequest
+from khod.folio.units import DEFAULT_MAX_ORDER, MAX_ORDER
+
+DEFAULT_PATH: Final = Path("/etc/khod/khod.yaml")
+_SOCKET: Final = Path("/run/khod/khod.sock")
+_STATE: Final = Path("/var/lib/khod")
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"([0-9]{1,15})([KMGT]?)")
+
+T = TypeVar("T")
+
+
+class Kind(NamedTuple):
+    """What values a setting takes."""
+
+    expects: str
+    """For people: completes "expected …"."""
+    parse: Callable[[Any], Any]
+    """From what YAML made of the value. Raises ValueError (msgspec's ValidationError is one) or TypeError."""
+
+
+def _checked(annotation: Callable[[], Any], finish: Callable[[Any], Any] = lambda value: value) -> Callable[[Any], Any]:
+    """A parser by msgspec's types; `annotation` is called when there is something to parse, and may import it."""
+
+    def parse(value: Any) -> Any:
+        import msgspec
+
+        return finish(msgspec.convert(value, annotation(), strict=True))
+
+    return parse
+
+
+def _within(base: type, *, le: float, gt: float | None = None, ge: float | None = None) -> Callable[[], Any]:
+    def annotation() -> Any:
+        import msgspec
+
+        return Annotated[base, msgspec.Meta(gt=gt, le=le) if ge is None else msgspec.Meta(ge=ge, le=le)]
+
+    return annotation
+
+
+def _absolute(text: str) -> Path:
+    if not text.startswith("/"):
+        raise ValueError("the path is relative")
+    return Path(text)
+
+
+def _machine(text: str) -> str:
+    name, colon, directory = text.partition(":")
+    if text != "kernel" and not (name == "simulated" and colon and directory.startswith("/")):
+        raise ValueError("there is no such machine")
+    return text
+
+
+def _level(text: str) -> str:
+    if text not in LOG_LEVELS:
+        raise ValueError("there is no such level")
+    return text
+
+
+def _finite(value: float) -> float:
+    if value != value or value == float("inf"):
+        raise ValueError("not a number of seconds")
+    return value
+
+
+def size(value: int | str) -> int:
+    """Bytes from a number, or from digits and one of K, M, G, T (powers of 1024). Raises ValueError."""
+    match = _SIZE.fullmatch(str(value))
+    if match is None:
+        raise ValueError(f"{value!r} is not a size")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+PATH = Kind("an absolute path", _checked(lambda: str, _absolute))
+MACHINE = Kind("`kernel`, or `simulated:` and an absolute directory", _checked(lambda: str, _machine))
+SECONDS = Kind("seconds, more than 0, at most 86400", _checked(_within(float, gt=0, le=86400), _finite))
+SIZE = Kind("bytes, as a number or with K, M, G or T", _checked(lambda: int | str, size))
+ORDER = Kind(f"a number from 0 to {MAX_ORDER}", _checked(_within(int, ge=0, le=MAX_ORDER)))
+COUNT = Kind("a number from 0 to 1000000", _checked(_within(int, ge=0, le=1_000_000)))
+MILLISECONDS = Kind("milliseconds, from 0 to 60000", _checked(_within(int, ge=0, le=60_000)))
+FLAG = Kind("`true` or `false`", _checked(lambda: bool))
+LEVEL = Kind("one of " + ", ".join(f"`{level}`" for level in LOG_LEVELS), _checked(lambda: str, _level))
+
+
+def _setting(default: T, kind: Kind, help: str) -> T:
+    return field(default=default, metadata={"kind": kind, "help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadlines:
+    """How long each phase of an update may take; past it the update is undone."""
+
+    preparing: float = _setting(600.0, SECONDS, "Preserving every instance and loading the image; the workload runs.")
+    freezing: float = _setting(30.0, SECONDS, "Stopping every instance and writing tree and map; the workload stands still.")
+    sync: float = _setting(60.0, SECONDS, "Writing out the file systems, once while the workload runs and once frozen.")
+    restoring: float = _setting(120.0, SECONDS, "In the new kernel: retrieving and checking every instance.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """Which bytes are compared across the jump. Frames and orders always are."""
+
+    pages: int = _setting(64, COUNT, "Pages sampled of each instance, chosen by the update's id.")
+    budget_ms: int = _setting(50, MILLISECONDS, "Time for the samples of all instances together, while frozen.")
+    full: bool = _setting(False, FLAG, "Compare every byte of every instance instead: costs time while frozen.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that can be configured."""
+
+    socket: Path = _setting(_SOCKET, PATH, "Where khod listens.")
+    state_directory: Path = _setting(_STATE, PATH, "The journal's directory; it must lie on a disk that outlives the kernel.")
+    machine: str = _setting("kernel", MACHINE, "What is updated: the running Linux, or a simulated machine in a directory.")
+    device_timeout: float = _setting(
+        10.0, SECONDS, "How long to try again while somebody else has /dev/liveupdate open (EBUSY)."
+    )
+    reserve: int = _setting(
+        512 << 20, SIZE, "Memory that must stay available after everything an update needs; less, and it is refused."
+    )
+    max_order: int = _setting(
+        DEFAULT_MAX_ORDER, ORDER, "The largest order of a folio that is tracked, and believed when a map is read."
+    )
+    log_level: str = _setting("info", LEVEL, "The least severe messages that are logged.")
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    verification: Verification = field(default_factory=Verification)
+
+
+class Setting(NamedTuple):
+    """One row of the table."""
+
+    key: str
+    kind: Kind
+    default: object
+    help: str
+
+
+def settings(section: type = Config, prefix: str = "") -> Iterator[Setting]:
+    """Every setting there is, in the order of the file."""
+    for row in fields(section):
+        if (inner := _section(section, row)) is not None:
+            yield from settings(inner, f"{row.name}.")
+        else:
+            yield Setting(prefix + row.name, row.metadata["kind"], row.default, row.metadata["help"])
+
+
+def load(path: Path | None = None) -> Config:
+    """The configuration in `path`; without one, that at the default path, or the defaults if there is nothing there.
+
+    Raises InvalidRequest naming file and key.
+    """
+    chosen = DEFAULT_PATH if path is None else path
+    try:
+        text = chosen.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if path is None:
+            return Config()
+        raise InvalidRequest(f"{path}: there is no such file", hint="leave it out to use the defaults")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{chosen}: cannot be read: {error}")
+    return parse(text, str(chosen))
+
+
+def parse(text: str, name: str) -> Config:
+    """The configuration that `text` spells; `name` stands for it in errors. Raises InvalidRequest."""
+    import yaml
+
+    try:
+        data = yaml.load(text, Loader=_loader())
+    except yaml.YAMLError as error:
+        raise InvalidRequest(f"{name}: not YAML: {' '.join(str(error).split())}")
+    return cast(Config, _build(Config, {} if data is None else data, name, ""))
+
+
+def _build(section: type, data: object, name: str, prefix: str) -> object:
+    if not isinstance(data, Mapping):
+        raise InvalidRequest(f"{name}: {prefix.rstrip('.') or 'the file'} is not a mapping of settings to values")
+    rows = {row.name: row for row in fields(section)}
+    for key in data:
+        if key not in rows:
+            raise _unknown(name, prefix, str(key), section)
+    return section(**{key: _value(section, rows[key], value, name, prefix) for key, value in data.items()})
+
+
+def _value(section: type, row: Field[Any], value: object, name: str, prefix: str) -> object:
+    if (inner := _section(section, row)) is not None:
+        return _build(inner, value, name, f"{prefix}{row.name}.")
+    kind: Kind = row.metadata["kind"]
+    try:
+        return kind.parse(value)
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(f"{name}: {prefix}{row.name}: {value!r} will not do: {error}", hint=f"expected {kind.expects}")
+
+
+def _unknown(name: str, prefix: str, key: str, section: type) -> InvalidRequest:
+    """The error for a key that is none, with the nearest that is: in its section, or anywhere."""
+    here = [row.name for row in fields(section)]
+    everywhere = [setting.key for setting in settings()]
+    near = difflib.get_close_matches(key, here, n=1, cutoff=0.5)
+    nearest = f"{prefix}{near[0]}" if near else next(iter(difflib.get_close_matches(key, everywhere, n=1, cutoff=0.4)), "")
+    nearest = nearest or next((known for known in everywhere if known.endswith(f".{key}")), "")
+    hint = f"did you mean {nearest}?" if nearest else "known are " + ", ".join(here)
+    return InvalidRequest(f"{name}: there is no setting {prefix}{key}", hint=hint)
+
+
+def _section(section: type, row: Field[Any]) -> type | None:
+    """The dataclass behind a row that is a section; None for a setting."""
+    if row.default is not MISSING:
+        return None
+    inner: type = get_type_hints(section)[row.name]
+    assert is_dataclass(inner)
+    return inner
+
+
+def _loader() -> Any:
+    """PyYAML's safe loader, with keys that are there twice refused: the last one would win without a word."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key in keys:
+                if isinstance(key, str) and keys.count(key) > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def reference() -> str:
+    """docs/configuration.md."""
+    lines = [
+        "# Configuration",
+        "",
+        f"khod reads `{DEFAULT_PATH}`, or the file that `khod --config` names. Without a file the defaults hold. The file is",
+        "YAML; a key with a dot below is a key in a section: `deadlines.sync` is `sync` under `deadlines:`. An unknown key, and",
+        "a value that will not do, are errors: khod does not start with a configuration that it does not understand.",
+        "",
+        "| setting | takes | default | |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [f"| `{row.key}` | {row.kind.expects} | `{_shown(row)}` | {row.help} |" for row in settings()]
+    lines += ["", "An example:", "", "```yaml", *_example(), "```", ""]
+    return "\n".join(lines)
+
+
+def _shown(row: Setting) -> str:
+    if isinstance(row.default, bool):
+        return str(row.default).lower()
+    if row.kind is SIZE and isinstance(row.default, int):
+        suffix, unit = max((item for item in _UNITS.items() if row.default % item[1] == 0), key=lambda item: item[1])
+        return f"{row.default // unit}{suffix}"
+    return f"{row.default:g}" if isinstance(row.default, float) else str(row.default)
+
+
+def _example() -> list[str]:
+    return ["reserve: 2G", "log_level: debug", "deadlines:", "  freezing: 10", "verification:", "  full: true"]
