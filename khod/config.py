@@ -129,8 +129,11 @@ class Verification:
 class Config:
     """Everything that can be configured."""
 
-    socket: Path = _setting(_SOCKET, PATH, "Where khod listens.")
-    state_directory: Path = _setting(_STATE, PATH, "The journal's directory; it must lie on a disk that outlives the kernel.")
+    # RUF009 takes the call for one that makes a default to be shared; it makes the row.
+    socket: Path = _setting(_SOCKET, PATH, "Where khod listens.")  # noqa: RUF009
+    state_directory: Path = _setting(  # noqa: RUF009
+        _STATE, PATH, "The journal's directory; it must lie on a disk that outlives the kernel."
+    )
     machine: str = _setting("kernel", MACHINE, "What is updated: the running Linux, or a simulated machine in a directory.")
     device_timeout: float = _setting(
         10.0, SECONDS, "How long to try again while somebody else has /dev/liveupdate open (EBUSY)."
@@ -253,8 +256,8 @@ def reference() -> str:
         "# Configuration",
         "",
         f"khod reads `{DEFAULT_PATH}`, or the file that `khod --config` names. Without a file the defaults hold. The file is",
-        "YAML; a key with a dot below is a key in a section: `deadlines.sync` is `sync` under `deadlines:`. An unknown key, and",
-        "a value that will not do, are errors: khod does not start with a configuration that it does not understand.",
+        "YAML; a key with a dot below is a key in a section: `deadlines.sync` is `sync` under `deadlines:`. An unknown key,",
+        "and a value that will not do, are errors: khod does not start with a configuration that it does not understand.",
         "",
         "| setting | takes | default | |",
         "| --- | --- | --- | --- |",
