@@ -115,6 +115,10 @@ class Registry:
         self.check_new(entry.name, entry.requires)
         self._entries[entry.name] = entry
 
+    def add_restored(self, entry: Entry) -> None:
+        """Add one that came through a jump: it may require what did not come along, and is kept all the same."""
+        self._entries[entry.name] = entry
+
     def check_new(self, name: str, requires: Sequence[str]) -> None:
         """Whether an instance of this name may be added. Raises InvalidRequest for a bad name or dependency, Refused if it is
         taken or there are too many."""

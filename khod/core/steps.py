@@ -145,6 +145,8 @@ class LoadImage(Step):
 
     def describe(self) -> str:
         image = self.update.image
+        if image is None:
+            return "load the kernel image (none is named yet)"
         return f"load {image.kernel} {'with ' + image.initrd if image.initrd else 'without initrd'}: {image.cmdline!r}"
 
     @property
@@ -152,6 +154,7 @@ class LoadImage(Step):
         return self.update.settings.preparing
 
     async def apply(self) -> None:
+        assert self.update.image is not None, "checked before the update began"
         await blocking(self.update.machine.kexec.load, self.update.image)
 
     async def undo(self) -> None:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
+from khod.core.blocking import blocking
 from khod.core.clients import Client, Lease
 from khod.core.events import Broadcast
 from khod.core.journal import Journal
@@ -52,7 +53,7 @@ class Update:
         events: Broadcast,
         entries: Sequence[Entry],
         clients: Sequence[Client],
-        image: Image,
+        image: Image | None,
         hold_at: State | None = None,
     ) -> None:
         self.id, self.machine, self.settings, self.boot = ident, machine, settings, boot
@@ -183,7 +184,7 @@ class Update:
             "state",
             state=State.EXECUTING,
             sessions=self.outgoing.sessions_record(),
-            image={"kernel": self.image.kernel, "initrd": self.image.initrd, "sha256": self.image.sha256},
+            image=self.image.sha256 if self.image else "",
             release=self.boot.release,
             spans=self.ledger.record(),
             frozen_for=_seconds(self._frozen_at, now),
@@ -257,8 +258,6 @@ class Update:
                 await self._leave_behind(e, error.message if e is entry else f"requires {entry.name}, which stays behind")
 
     async def _leave_behind(self, entry: Entry, reason: str) -> None:
-        from khod.core.blocking import blocking
-
         self.left_behind[entry.name] = reason
         self.say("problem", f"left behind: {entry.name}: {reason}", instance=entry.name)
         await self.thaw([entry])

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a khod does first: find out which boot this is, and undo, restore, or say what was lost (decisions 14, 21, 23)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from khod.core import ledger
+from khod.core.blocking import blocking
+from khod.core.driver import Drivers
+from khod.core.history import spans_of
+from khod.core.incoming import Incoming, from_journal, open_incoming, read_map, read_tree
+from khod.core.journal import Journal, Record
+from khod.core.ledger import Ledger
+from khod.core.ports import Boot, Machine
+from khod.core.registry import Entry
+from khod.core.restore import Restorer, verify_rest
+from khod.core.settings import Settings
+from khod.core.state import State
+from khod.errors import DeviceBroken, DeviceMissing, MachineError, SessionUnknown
+
+logger = logging.getLogger(__name__)
+
+
+class Startup:
+    """One start. After `run`, its attributes are the host's."""
+
+    def __init__(self, machine: Machine, settings: Settings, drivers: Drivers, journal: Journal, boot: Boot) -> None:
+        self.machine, self.settings, self.drivers, self.journal, self.boot = machine, settings, drivers, journal, boot
+        self.started = machine.clock.stamp()
+        self.last = journal.last_state()
+        self.update = self.last.update if self.last else ""
+        self.incoming: Incoming | None = None
+        self.entries: list[Entry] = []
+        self.problems: list[str] = []
+        self.ledger = Ledger()
+
+    async def run(self) -> State:
+        """Returns the state that khod is in from now on. Raises MachineError when that cannot be known now."""
+        if self._same_boot and self.last is not None and self.last.state is not None and self.last.state.outgoing:
+            return await self._undo()
+        try:
+            self.incoming = await blocking(open_incoming, self.machine)
+        except SessionUnknown:
+            return self._nothing_came()
+        except (DeviceMissing, DeviceBroken) as error:
+            return self._no_device(error)
+        except MachineError:
+            if self._jumped:
+                raise  # what came through is there and somebody is in the way: neither lost nor restored, try again
+            logger.exception("the live-update device cannot be used")
+            return self._settle(State.IDLE)
+        return await self._restore(self.incoming)
+
+    @property
+    def _same_boot(self) -> bool:
+        return self.last is not None and self.last.boot == self.boot.boot_id
+
+    @property
+    def _jumped(self) -> bool:
+        """The journal's last word is that the jump was next, and this is another boot."""
+        return self.last is not None and self.last.state is State.EXECUTING and not self._same_boot
+
+    async def _undo(self) -> State:
+        """Decision 14: a predecessor in this boot got part of the way. Its sessions were closed when it ended; the image is
+        still loaded. Never on towards the jump: its clients may have resumed when the connection broke."""
+        assert self.last is not None
+        await blocking(self.machine.kexec.unload)
+        reason = f"khod ended while {self.last.state}, and undid what was left at its next start"
+        return self._settle(State.ABORTED, reason=reason)
+
+    def _nothing_came(self) -> State:
+        """ENOENT: a cold boot, an update that lost everything, or a khod that ended before it had finished."""
+        assert self.last is None or self.last.state is not None
+        if self._jumped:
+            self.problems.append(f"update {self.update} jumped and nothing came across")
+            return self._settle(State.LOST, reason="the jump happened and nothing came across")
+        if self._same_boot and self.last and self.last.state in (State.RESTORING, State.RESTORED, State.FINISHING):
+            self.problems.append("khod ended before the update was finished: what nobody had claimed is gone")
+            return self._settle(State.LOST, reason="khod ended before the update was finished")
+        if self.last is not None and self.last.state is State.UNREACHABLE and self._same_boot:
+            return State.UNREACHABLE
+        return self._settle(State.IDLE)
+
+    def _no_device(self, error: MachineError) -> State:
+        """No device, or a dead one: what came across, if anything did, is out of reach until a cold boot."""
+        came = isinstance(error, DeviceBroken) or self.boot.handover
+        if self._jumped and came:
+            self.problems.append(f"update {self.update}: its memory came across and cannot be reached: {error}")
+            return self._settle(State.UNREACHABLE, reason=str(error))
+        if self._jumped:
+            self.problems.append(f"update {self.update} jumped and nothing came across: {error}")
+            return self._settle(State.LOST, reason=str(error))
+        if self._same_boot and self.last is not None and self.last.state is State.UNREACHABLE:
+            return State.UNREACHABLE
+        logger.warning("no live update here: %s", error)
+        return self._settle(State.IDLE)
+
+    async def _restore(self, incoming: Incoming) -> State:
+        await blocking(read_tree, self.machine, incoming)
+        await blocking(read_map, self.machine, incoming, self.settings.max_order)
+        self.update = incoming.update or self.update
+        if self.last is not None and self.last.update != self.update and incoming.update:
+            logger.warning("the journal speaks of update %s, the tree of %s: the tree wins", self.last.update, self.update)
+        self._note(State.RESTORING, release=self.boot.release, count=self.boot.kexec_count)
+        restorer = Restorer(self.machine, self.settings, self.drivers, incoming)
+        restorer.on_instance = lambda entry: logger.info("restored: %s: %s", entry.name, entry.state)
+        if incoming.verdict:
+            return await self._take_custody(restorer, incoming)
+        self.entries = await restorer.restore()
+        self._reckon(incoming)
+        self.problems += restorer.verification.problems
+        self._note(
+            State.RESTORED,
+            spans=self.ledger.record(),
+            checked=restorer.verification.sentence(),
+            problems=restorer.verification.problems,
+            instances=[e.name for e in self.entries],
+        )
+        self._verification = restorer.verification
+        return State.RESTORED
+
+    async def _take_custody(self, restorer: Restorer, incoming: Incoming) -> State:
+        """Decision 23: a verdict on khod's bookkeeping. Take what the tree names, or else the journal, and stop."""
+        logger.error("restoring nothing by itself: %s", incoming.verdict)
+        named = incoming.carried or from_journal(self._executing())
+        self.entries = await restorer.take_custody(named)
+        self.problems.append(f"nothing was restored: {incoming.verdict}")
+        self._note(State.FAILED, reason=incoming.verdict, instances=[e.name for e in self.entries])
+        return State.FAILED
+
+    def _executing(self) -> Record | None:
+        """The journal's record of the jump that brought us here."""
+        records = [r for r in self.journal.records if r.state is State.EXECUTING and r.boot != self.boot.boot_id]
+        return records[-1] if records else None
+
+    def _reckon(self, incoming: Incoming) -> None:
+        """The ledger's rows of this side, and those that span the jump."""
+        now = self.machine.clock.stamp()
+        executing = self._executing()
+        if executing is not None and executing.update == self.update:
+            self.ledger.rows += spans_of(executing)
+        restoring = (now.monotonic - self.started.monotonic) / 1e9
+        if incoming.stamp is not None:
+            between, uncertainty = ledger.across(incoming.stamp, self.started)
+            self.ledger.add("between", between, uncertainty=uncertainty)
+            frozen = executing.data.get("frozen_for") if executing is not None else None
+            if isinstance(frozen, float):
+                self.ledger.add("blackout", frozen + between + restoring, uncertainty=uncertainty)
+        self.ledger.add(State.RESTORING, restoring)
+
+    async def verify(self, problems: list[str]) -> None:
+        """The rest of the verification, beside the workload; what differs is added to `problems`."""
+        assert self.incoming is not None
+        rest = await blocking(verify_rest, self.machine, self.settings, self.incoming, list(self.entries))
+        problems += rest.problems
+        self._verification.folios = rest.folios
+        self.journal.note(
+            self.update, "verified", checked=self._verification.sentence(), problems=rest.problems, folios=rest.folios
+        )
+
+    def _settle(self, state: State, **data: Any) -> State:
+        """Enter a resting state, noting it where it is news."""
+        if self.last is not None and not (self.last.state is state is State.IDLE):
+            self._note(state, **data)
+        return state
+
+    def _note(self, state: State, **data: Any) -> None:
+        self.journal.note(self.update, "state", state=state, **data)
