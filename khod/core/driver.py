@@ -176,6 +176,10 @@ class Driver(Protocol):
 class Drivers(Protocol):
     """All drivers there are."""
 
+    def load(self) -> Sequence[str]:
+        """Find the plugins that are installed; blocks. Returns a sentence about each that cannot be used."""
+        ...
+
     def get(self, name: str) -> Driver:
         """By name. Raises InvalidRequest naming those that exist."""
         ...

@@ -3,10 +3,33 @@
 
 from __future__ import annotations
 
-from khod.abi import tree as abi
+from collections.abc import Mapping
+from typing import Protocol
+
+from khod.abi.tree import HandoverTree
+from khod.abi.tree_source import to_source
 from khod.core.incoming import Incoming
 from khod.core.outgoing import Outgoing
 from khod.core.views import InspectionView, OrderView
+
+
+class Total(Protocol):
+    """What both the tracker and the validated map tell of one order."""
+
+    @property
+    def folios(self) -> int:
+        """How many."""
+        ...
+
+    @property
+    def bitmaps(self) -> int:
+        """In how many blocks."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Of memory."""
+        ...
 
 
 def inspect_outgoing(outgoing: Outgoing) -> InspectionView:
@@ -26,12 +49,12 @@ def inspect_nothing() -> InspectionView:
     return InspectionView(source="none", tree="", map_address=0, map_pages=0, map_sha256="", orders=())
 
 
-def _view(source: str, tree: abi.HandoverTree, totals: object) -> InspectionView:
+def _view(source: str, tree: HandoverTree, totals: Mapping[int, Total]) -> InspectionView:
     return InspectionView(
         source=source,
-        tree=abi.to_source(tree),
+        tree=to_source(tree),
         map_address=tree.map_address,
         map_pages=tree.map_pages,
         map_sha256=tree.map_sha256.hex(),
-        orders=[OrderView(order=t.order, folios=t.folios, bitmaps=t.bitmaps, bytes=t.bytes) for t in totals],  # type: ignore
+        orders=[OrderView(order=o, folios=t.folios, bitmaps=t.bitmaps, bytes=t.bytes) for o, t in totals.items()],
     )

@@ -38,6 +38,12 @@ class Startup:
 
     async def run(self) -> State:
         """Returns the state that khod is in from now on. Raises MachineError when that cannot be known now."""
+        state = await self._run()
+        if self.incoming is None:
+            self.problems += await blocking(self.drivers.load)
+        return state
+
+    async def _run(self) -> State:
         if self._same_boot and self.last is not None and self.last.state is not None and self.last.state.outgoing:
             return await self._undo()
         try:
@@ -98,6 +104,7 @@ class Startup:
         return self._settle(State.IDLE)
 
     async def _restore(self, incoming: Incoming) -> State:
+        self.problems += await blocking(self.drivers.load)
         await blocking(read_tree, self.machine, incoming)
         await blocking(read_map, self.machine, incoming, self.settings.max_order)
         self.update = incoming.update or self.update

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""khod, the daemon: the one place that joins core, a machine, the plugins and the API.
+
+What it does first is what a guest waits for: it imports what restoring needs, restores, and only then brings up the API.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from khod import __version__, config
+from khod.core.host import Host
+from khod.core.ports import Machine
+from khod.core.settings import Settings
+from khod.errors import KhodError
+from khod.plugin.manager import PluginManager
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script."""
+    parser = argparse.ArgumentParser(prog="khod", description="Moves this host onto a new kernel; khoctl talks to it.")
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"instead of {config.DEFAULT_PATH}")
+    parser.add_argument("--version", action="version", version=f"khod {__version__}")
+    arguments = parser.parse_args(argv)
+    try:
+        settings = config.load(arguments.config)
+        set_up_logging(settings.log_level)
+        return asyncio.run(serve(settings))
+    except KhodError as error:
+        print(f"khod: {error.message}", file=sys.stderr)  # noqa: T201
+        if error.hint:
+            print(f"khod: {error.hint}", file=sys.stderr)  # noqa: T201
+        return error.exit_status
+
+
+async def serve(configuration: config.Config) -> int:
+    """Start, serve until told to stop, and stop when that loses nothing."""
+    machine = await asyncio.to_thread(open_machine, configuration)
+    host = Host(machine, core_settings(configuration), PluginManager())
+    notify("STATUS=Looking for what the previous kernel left")
+    state = await host.start()
+    logger.info("started in state %s", state)
+
+    from khod.api.server import Server  # not on the way to restored
+
+    server = Server(host, machine, configuration.socket)
+    await server.start()
+    try:
+        notify(f"READY=1\nSTATUS={state}")
+        await _until_told(host)
+    finally:
+        await server.close()
+    notify("STOPPING=1")
+    await host.close()
+    return 0
+
+
+async def _until_told(host: Host) -> None:
+    """Wait for SIGTERM or SIGINT, and refuse it while khod alone holds somebody's memory (decision 25)."""
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    while True:
+        await told.wait()
+        told.clear()
+        reason = host.keeps_from_exit()
+        if not reason:
+            return
+        logger.error("not stopping: %s", reason)
+        notify(f"STATUS=Not stopping: {reason}")
+
+
+def open_machine(configuration: config.Config) -> Machine:
+    """The machine that the configuration names. Raises InvalidRequest or MachineError when it cannot be used."""
+    kind, _, directory = configuration.machine.partition(":")
+    if kind == "simulated":
+        from khod.simulated.machine import connect
+
+        return connect(Path(directory))
+    from khod.kernel.machine import machine
+
+    return machine(configuration.state_directory, device_timeout=configuration.device_timeout)
+
+
+def core_settings(configuration: config.Config) -> Settings:
+    """The part of the configuration that is the core's."""
+    return Settings(
+        preparing=configuration.deadlines.preparing,
+        freezing=configuration.deadlines.freezing,
+        sync=configuration.deadlines.sync,
+        restoring=configuration.deadlines.restoring,
+        reserve=configuration.reserve,
+        max_order=configuration.max_order,
+        sample_pages=configuration.verification.pages,
+        sample_budget=configuration.verification.budget_ms / 1000,
+        full=configuration.verification.full,
+    )
+
+
+def set_up_logging(level: str) -> None:
+    """To the journal, with priorities, where systemd reads our standard error and its bindings are there; else as text."""
+    handler: logging.Handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    if os.environ.get("JOURNAL_STREAM"):
+        try:
+            from systemd.journal import JournalHandler
+        except ImportError:
+            pass
+        else:
+            handler = JournalHandler(SYSLOG_IDENTIFIER="khod")
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def notify(text: str) -> None:
+    """Tell systemd, where it listens."""
+    if not os.environ.get("NOTIFY_SOCKET"):
+        return
+    try:
+        from systemd import daemon
+    except ImportError:
+        logger.warning("systemd-python is not installed: systemd cannot be told %r", text)
+        return
+    daemon.notify(text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
