@@ -6,7 +6,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
-from khod.folio.layout import TOP
+from khod.folio.layout import BLOCK_BITS, BLOCK_SHIFT, TOP
 from khod.folio.units import PAGE_SHIFT, Range, merged
 
 Interval = tuple[int, int]
@@ -24,6 +24,7 @@ class Ground:
         self.scratch = _frames(scratch, outwards=True)
         self.allowed = _without(self.ram, self.scratch)
         self._ram_starts = [start for start, _ in self.ram]
+        self._folios: dict[int, list[Interval]] = {}
         self._allowed_starts = [start for start, _ in self.allowed]
 
     def hole(self, start: int, end: int) -> int | None:
@@ -46,11 +47,26 @@ class Ground:
         at = bisect_right(self._allowed_starts, start) - 1
         return at >= 0 and end <= self.allowed[at][1]
 
+    def refused(self, order: int, block: int) -> int:
+        """The bits of a block whose folios lie, whole or in part, on ground where none may lie."""
+        runs = self.folios(order)
+        base = block << BLOCK_SHIFT
+        allowed = 0
+        for start, end in runs[max(bisect_right(runs, (base,)) - 1, 0) :]:
+            low, high = max(start - base, 0), min(end - base, BLOCK_BITS)
+            if low >= BLOCK_BITS:
+                break
+            if low < high:
+                allowed |= (1 << high) - (1 << low)
+        return allowed ^ (1 << BLOCK_BITS) - 1
+
     def folios(self, order: int) -> list[Interval]:
         """Which folios of `order` lie on allowed ground: runs of ``pfn >> order``, ascending."""
-        up = (1 << order) - 1
-        runs = ((start + up >> order, end >> order) for start, end in self.allowed)
-        return [(start, end) for start, end in runs if start < end]
+        if order not in self._folios:
+            up = (1 << order) - 1
+            runs = ((start + up >> order, end >> order) for start, end in self.allowed)
+            self._folios[order] = [(start, end) for start, end in runs if start < end]
+        return self._folios[order]
 
 
 def _frames(ranges: Iterable[Range], *, outwards: bool) -> list[Interval]:
