@@ -49,15 +49,11 @@ async def serve(configuration: config.Config) -> int:
     state = await host.start()
     logger.info("started in state %s", state)
 
-    from khod.api.server import Server  # not on the way to restored
+    from khod.api.server import serve as serve_api  # not on the way to restored
 
-    server = Server(host, machine, configuration.socket)
-    await server.start()
-    try:
+    async with serve_api(host, machine.files, configuration.socket):
         notify(f"READY=1\nSTATUS={state}")
         await _until_told(host)
-    finally:
-        await server.close()
     notify("STOPPING=1")
     await host.close()
     return 0
@@ -83,9 +79,9 @@ def open_machine(configuration: config.Config) -> Machine:
     """The machine that the configuration names. Raises InvalidRequest or MachineError when it cannot be used."""
     kind, _, directory = configuration.machine.partition(":")
     if kind == "simulated":
-        from khod.simulated.machine import connect
+        from khod import simulated
 
-        return connect(Path(directory))
+        return simulated.machine(simulated.connect(directory, "khod"))
     from khod.kernel.machine import machine
 
     return machine(configuration.state_directory, device_timeout=configuration.device_timeout)
@@ -125,11 +121,11 @@ def notify(text: str) -> None:
     if not os.environ.get("NOTIFY_SOCKET"):
         return
     try:
-        from systemd import daemon
+        from systemd.daemon import notify as tell
     except ImportError:
         logger.warning("systemd-python is not installed: systemd cannot be told %r", text)
         return
-    daemon.notify(text)
+    tell(text)
 
 
 if __name__ == "__main__":

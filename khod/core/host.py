@@ -7,7 +7,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from khod import __version__
 from khod.core import views
@@ -25,8 +25,10 @@ from khod.core.registry import Entry, InstanceState, Registry
 from khod.core.settings import Settings
 from khod.core.startup import Startup
 from khod.core.state import HOLDABLE, State
-from khod.core.update import Update
 from khod.errors import InvalidRequest, KhodError, MachineError, Refused, UpdateFailed
+
+if TYPE_CHECKING:
+    from khod.core.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -331,6 +333,8 @@ class Host:
         return self._follow(update, task, events)
 
     def _new_update(self, ident: str, entries: list[Entry], hold_at: State | None) -> Update:
+        from khod.core.update import Update  # numpy is behind it: not on the way to restored
+
         return Update(
             ident,
             machine=self.machine,

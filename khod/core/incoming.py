@@ -15,8 +15,7 @@ from typing import Any
 from khod.abi import tree as abi
 from khod.core import ledger
 from khod.core.journal import Record
-from khod.core.node import DIGEST, Carried, from_node
-from khod.core.outgoing import MAP_TOKEN, SESSION, TREE_TOKEN
+from khod.core.node import DIGEST, MAP_TOKEN, SESSION, TREE_TOKEN, Carried, from_node
 from khod.core.ports import Machine, Stamp
 from khod.core.sample import Sample
 from khod.errors import FormatError, MachineError, MapError, TokenUnknown, TreeError

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from khod.abi.tree import HandoverTree
 from khod.abi.tree_source import to_source
 from khod.core.incoming import Incoming
-from khod.core.outgoing import Outgoing
 from khod.core.views import InspectionView, OrderView
+
+if TYPE_CHECKING:
+    from khod.core.outgoing import Outgoing
 
 
 class Total(Protocol):

@@ -14,7 +14,12 @@ from khod.abi.tree import InstanceNode
 from khod.core.sample import Sample
 from khod.errors import TreeError
 
+SESSION = "khod"
+"""Name of khod's own kernel session."""
+TREE_TOKEN, MAP_TOKEN = 0, 1
+"""What it holds, and nothing else (decision 2)."""
 DIGEST = 32
+"""Bytes of a SHA-256."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,18 +7,16 @@ own (decision 2). Nothing of this exists before an update or after its end.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from khod import __version__
 from khod.abi import tree as abi
 from khod.core import ledger, sample
 from khod.core.driver import StateArea
-from khod.core.node import DIGEST, Carried, to_node
-from khod.core.ports import FolioWindow, Machine
+from khod.core.learning import FramesDigest, windows
+from khod.core.node import DIGEST, MAP_TOKEN, SESSION, TREE_TOKEN, Carried, to_node
+from khod.core.ports import Machine
 from khod.core.registry import Entry
 from khod.core.sample import Sample
 from khod.core.settings import Settings
@@ -26,39 +24,6 @@ from khod.errors import UpdateFailed
 from khod.folio.tracker import Tracker
 from khod.folio.units import PAGE_SIZE
 from khod.folio.writer import SerializedMap, pages_needed, serialize
-
-logger = logging.getLogger(__name__)
-
-SESSION = "khod"
-TREE_TOKEN, MAP_TOKEN = 0, 1
-
-
-def windows(machine: Machine, fd: int) -> Iterator[FolioWindow]:
-    """The folios behind a preserved file, each named once: one that reaches over a window's end stays in the first."""
-    last = None
-    for window in machine.frames.windows(fd):
-        pfns, orders = window.pfns, window.orders
-        if len(pfns) and (pfns[0], orders[0]) == last:
-            window = FolioWindow(window.offset, pfns[1:], orders[1:])
-        if len(pfns):
-            last = (pfns[-1], orders[-1])
-        yield window
-
-
-class FramesDigest:
-    """SHA-256 over a file's folios in file order: of every window its first frames (u64 each), then its orders (u8 each)."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, window: FolioWindow) -> None:
-        """The next window."""
-        self._hash.update(window.pfns)
-        self._hash.update(window.orders)
-
-    def digest(self) -> bytes:
-        """Of all that was added."""
-        return self._hash.digest()
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from khod.core import sample
 from khod.core.blocking import blocking
 from khod.core.driver import Declaration, Drivers, Preserve, Request, StateArea, StateBound
 from khod.core.incoming import Incoming
+from khod.core.learning import FramesDigest, windows
 from khod.core.node import Carried
 from khod.core.ports import Machine
 from khod.core.registry import Entry, InstanceState, order
@@ -186,8 +187,7 @@ def verify_rest(machine: Machine, settings: Settings, incoming: Incoming, entrie
 
     What differs is reported, not judged: after a retrieve the kernel may migrate pages again, bytes and all.
     """
-    from khod.core.outgoing import FramesDigest, windows  # numpy is behind these: not on the way to restored
-    from khod.folio import bulk
+    from khod.folio import bulk  # numpy is behind these: not on the way to restored
     from khod.folio.tracker import Tracker
 
     result = Verification()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from khod.core.blocking import blocking, opening
 from khod.core.clients import Client, Lease
-from khod.core.outgoing import SESSION
+from khod.core.node import SESSION
 from khod.core.registry import Entry, InstanceState, order
 from khod.core.state import State
 from khod.errors import DeadlinePassed, KhodError, Refused
