@@ -108,19 +108,19 @@ def _setting(default: T, kind: Kind, help: str) -> T:
 
 @dataclass(frozen=True, kw_only=True)
 class Deadlines:
-    """How long each phase of an update may take; past it the update is undone."""
+    """How long one instance, client or system call may take in each phase; past it the update is undone."""
 
-    preparing: float = _setting(600.0, SECONDS, "Preserving every instance and loading the image; the workload runs.")
-    freezing: float = _setting(30.0, SECONDS, "Stopping every instance and writing tree and map; the workload stands still.")
-    sync: float = _setting(60.0, SECONDS, "Writing out the file systems, once while the workload runs and once frozen.")
-    restoring: float = _setting(120.0, SECONDS, "In the new kernel: retrieving and checking every instance.")
+    preparing: float = _setting(120.0, SECONDS, "For one instance to be preserved, one client to answer; the workload runs.")
+    freezing: float = _setting(10.0, SECONDS, "For one instance or client to stand still; the workload waits for the slowest.")
+    sync: float = _setting(60.0, SECONDS, "For the file systems to be written out.")
+    restoring: float = _setting(120.0, SECONDS, "In the new kernel: for one instance to be retrieved and checked.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
     """Which bytes are compared across the jump. Frames and orders always are."""
 
-    pages: int = _setting(64, COUNT, "Pages sampled of each instance, chosen by the update's id.")
+    pages: int = _setting(16, COUNT, "Pages sampled of each instance, chosen by the update's id.")
     budget_ms: int = _setting(50, MILLISECONDS, "Time for the samples of all instances together, while frozen.")
     full: bool = _setting(False, FLAG, "Compare every byte of every instance instead: costs time while frozen.")
 
@@ -139,7 +139,7 @@ class Config:
         10.0, SECONDS, "How long to try again while somebody else has /dev/liveupdate open (EBUSY)."
     )
     reserve: int = _setting(
-        512 << 20, SIZE, "Memory that must stay available after everything an update needs; less, and it is refused."
+        64 << 20, SIZE, "Memory that must stay available after everything an update needs; less, and it is refused."
     )
     max_order: int = _setting(
         DEFAULT_MAX_ORDER, ORDER, "The largest order of a folio that is tracked, and believed when a map is read."

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A client of khod: blocking, one connection, one call at a time, the views of `khod.core.views` as answers.
+
+It speaks the wire itself (JSON objects that end in a NUL, descriptors beside them): a program that asks a question needs no
+event loop, and the server is tested against something that is not its own library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from khod.api.faults import error_of
+from khod.api.wire import INTERFACE
+from khod.core.views import ClaimView, EventView, ImageView, InspectionView, InstanceView, PlanView, StatusView, UpdateView
+from khod.errors import FormatError, Lost, NotPermitted
+
+MAX_ANSWER = 64 << 20
+_MAX_FDS = 253  # SCM_MAX_FD, include/net/scm.h
+_READ = 1 << 16
+
+V = TypeVar("V")
+
+
+def connect(path: Path, timeout: float | None = None) -> Client:
+    """A client of the khod that listens at `path`; `timeout` is in seconds and for each read and write.
+
+    Raises Lost when nobody answers there, NotPermitted when the socket may not be used.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(timeout)
+    try:
+        sock.connect(str(path))
+    except PermissionError:
+        sock.close()
+        raise NotPermitted(f"the socket {path} may not be used", hint="only root may talk to khod: try again with sudo")
+    except OSError as error:
+        sock.close()
+        raise Lost(f"khod does not answer at {path}: {error.strerror or error}", hint="is it running? systemctl status khod")
+    return Client(sock)
+
+
+class Client:
+    """One connection. Every method raises the `khod.errors` class that khod raised, and Lost when the connection ends."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._sock.close()
+
+    # --- the interface
+
+    def status(self) -> StatusView:
+        """khod in one look."""
+        return _view(self._ask("GetStatus"), "status", StatusView)
+
+    def register(
+        self,
+        name: str,
+        driver: str,
+        fds: Sequence[tuple[str, int]],
+        *,
+        required: bool = True,
+        requires: Sequence[str] = (),
+        options: Mapping[str, str] | None = None,
+    ) -> InstanceView:
+        """Register an instance; `fds` are names and descriptors of this process, which stay its own."""
+        described = [{"name": fd_name, "fd": index} for index, (fd_name, _) in enumerate(fds)]
+        parameters = _instance(name, driver, described, required, requires, options)
+        return _view(self._ask("Register", parameters, [fd for _, fd in fds]), "instance", InstanceView)
+
+    def adopt(
+        self,
+        name: str,
+        driver: str,
+        pid: int,
+        fds: Sequence[tuple[str, int]],
+        *,
+        required: bool = True,
+        requires: Sequence[str] = (),
+        options: Mapping[str, str] | None = None,
+    ) -> InstanceView:
+        """Register an instance whose descriptors (names and numbers) khod takes from the process `pid`."""
+        described = [{"name": fd_name, "number": number} for fd_name, number in fds]
+        parameters = _instance(name, driver, described, required, requires, options) | {"pid": pid}
+        return _view(self._ask("Adopt", parameters), "instance", InstanceView)
+
+    def unregister(self, name: str) -> None:
+        """Forget an instance."""
+        self._ask("Unregister", {"name": name})
+
+    def instances(self) -> Sequence[InstanceView]:
+        """All of them, by name."""
+        return _view(self._ask("ListInstances"), "instances", list[InstanceView])
+
+    def load(self, kernel: str, initrd: str = "", cmdline: str | None = None) -> ImageView:
+        """Check and record the image for the next update; the paths are khod's to open."""
+        parameters = {"kernel": kernel, "initrd": initrd} | ({} if cmdline is None else {"cmdline": cmdline})
+        return _view(self._ask("Load", parameters), "image", ImageView)
+
+    def plan(self) -> PlanView:
+        """What an update would do now."""
+        return _view(self._ask("Plan"), "plan", PlanView)
+
+    def update(self, hold_at: str | None = None) -> Iterator[EventView]:
+        """Start an update, now, and follow it. Leaving early does not stop it; the connection is of no more use then.
+
+        The iterator raises Refused before its first event when the update may not start, UpdateFailed when it was undone,
+        and Lost when the connection ends first, as it does at the jump.
+        """
+        self._send("Update", {} if hold_at is None else {"hold_at": hold_at}, more=True)
+        return self._events()
+
+    def _events(self) -> Iterator[EventView]:
+        continues = True
+        while continues:
+            with self._answer() as (parameters, _, continues):
+                event = _view(parameters, "event", EventView) if parameters.get("event") is not None else None
+            if event is not None:
+                yield event
+
+    def proceed(self) -> None:
+        """Go on from a hold."""
+        self._ask("Continue")
+
+    def abort(self) -> str:
+        """Undo the update under way; the state reached."""
+        return _view(self._ask("Abort"), "state", str)
+
+    def claim(self, name: str, *, unverified: bool = False) -> ClaimView:
+        """An instance's descriptors, close-on-exec and owned by the caller, or why there are none."""
+        self._send("Claim", {"name": name, "unverified": unverified})
+        with self._answer() as (parameters, fds, _):
+            answer = _view(parameters, "claim", _ClaimAnswer)
+            if sorted(entry.fd for entry in answer.fds) != list(range(len(fds))):
+                raise FormatError(f"khod's answer names {len(answer.fds)} descriptors and brings {len(fds)}")
+            ordered = [fds[entry.fd] for entry in answer.fds]
+            fds.clear()
+        return ClaimView(answer=answer.answer, reason=answer.reason, names=[entry.name for entry in answer.fds], fds=ordered)
+
+    def finish(self) -> Sequence[str]:
+        """End the update that brought us here; what nobody claimed."""
+        return _view(self._ask("Finish"), "unclaimed", list[str])
+
+    def history(self, limit: int = 20) -> Sequence[UpdateView]:
+        """Updates, newest first."""
+        return _view(self._ask("GetHistory", {"limit": limit}), "updates", list[UpdateView])
+
+    def inspect(self) -> InspectionView:
+        """The handover tree and the folio map in force."""
+        return _view(self._ask("Inspect"), "inspection", InspectionView)
+
+    # --- the wire
+
+    def _ask(self, method: str, parameters: Mapping[str, Any] | None = None, fds: Sequence[int] = ()) -> Mapping[str, Any]:
+        self._send(method, parameters or {}, fds)
+        with self._answer() as (answer, _, _):
+            return answer
+
+    def _send(self, method: str, parameters: Mapping[str, Any], fds: Sequence[int] = (), more: bool = False) -> None:
+        call = {"method": f"{INTERFACE}.{method}", "parameters": parameters} | ({"more": True} if more else {})
+        data = json.dumps(call).encode() + b"\0"
+        try:
+            sent = socket.send_fds(self._sock, [data], list(fds)) if fds else 0
+            self._sock.sendall(data[sent:])
+        except OSError as error:
+            raise _gone(error)
+
+    @contextmanager
+    def _answer(self) -> Iterator[tuple[Mapping[str, Any], list[int], bool]]:
+        """The next answer: its parameters, its descriptors and whether another follows.
+
+        Those descriptors that are still in the list at the end of the context are closed.
+        """
+        fds: list[int] = []
+        try:
+            answer = _object(self._read(fds))
+            parameters = answer.get("parameters") or {}
+            if "error" in answer:
+                raise error_of(str(answer["error"]), parameters)
+            yield parameters, fds, bool(answer.get("continues"))
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _read(self, fds: list[int]) -> bytes:
+        """Bytes up to a NUL, which is left out; descriptors that came along are added to `fds`."""
+        while (end := self._buffer.find(b"\0")) < 0:
+            if len(self._buffer) > MAX_ANSWER:
+                raise FormatError(f"khod's answer is longer than {MAX_ANSWER} bytes")
+            try:
+                # Not socket.recv_fds: it drops the flags that it is given (CPython 3.11), and with them close-on-exec.
+                data, beside, flags, _ = self._sock.recvmsg(_READ, socket.CMSG_SPACE(4 * _MAX_FDS), socket.MSG_CMSG_CLOEXEC)
+            except OSError as error:
+                raise _gone(error)
+            for level, kind, content in beside:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    fds.extend(memoryview(content[: len(content) // 4 * 4]).cast("i"))
+            if flags & socket.MSG_CTRUNC:
+                raise Lost("descriptors were lost on the way", hint="this process has too many open: raise RLIMIT_NOFILE")
+            if not data:
+                raise Lost("khod hung up before it had answered", hint="its log says why")
+            self._buffer += data
+        message = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return message
+
+
+class _Sent(msgspec.Struct):
+    name: str
+    fd: int
+
+
+class _ClaimAnswer(msgspec.Struct):
+    answer: str
+    reason: str
+    fds: list[_Sent]
+
+
+def _gone(error: OSError) -> Lost:
+    if isinstance(error, TimeoutError):
+        return Lost("khod did not answer in time")
+    return Lost(f"the connection to khod ended: {error.strerror or error}", hint="its log says why")
+
+
+def _object(message: bytes) -> Mapping[str, Any]:
+    try:
+        return msgspec.json.decode(message, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise FormatError(f"khod's answer is not what it must be: {error}")
+
+
+def _view(parameters: Mapping[str, Any], name: str, kind: type[V]) -> V:
+    """The parameter `name` of an answer as `kind`; what a newer khod adds to a view is ignored."""
+    try:
+        return msgspec.convert(parameters.get(name), kind)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"khod's answer is not what it must be: {name}: {error}")
+
+
+def _instance(
+    name: str,
+    driver: str,
+    fds: Sequence[Mapping[str, object]],
+    required: bool,
+    requires: Sequence[str],
+    options: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "driver": driver,
+        "fds": list(fds),
+        "required": required,
+        "requires": list(requires),
+        "options": dict(options or {}),
+    }

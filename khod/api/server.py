@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The listening side: a unix socket, who may connect, and an accept loop that outlives a full table of descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from asyncvarlink import VarlinkInterfaceRegistry, VarlinkTransport
+from asyncvarlink.serviceinterface import VarlinkServiceInterface
+
+import khod
+from khod.api.connection import Connection, boundaries
+from khod.api.descriptors import Bridge
+from khod.api.host import HostInterface
+from khod.core.service import Service
+from khod.errors import InvalidRequest, MachineError, NotPermitted, Refused
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 64
+ACCEPT_PAUSE = 0.25
+"""Seconds until the next try when the system had no descriptor or memory for a connection; it waits in the backlog."""
+
+_SHORT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_ucred = struct.Struct("3i")  # struct ucred, linux/socket.h: pid, uid, gid
+
+
+@contextlib.asynccontextmanager
+async def serve(service: Service, files: Bridge, path: Path) -> AsyncIterator[Server]:
+    """Serve `service` on the unix socket `path` for the length of the context.
+
+    On the way out calls that are under way are cancelled, connections closed, and the socket removed.
+    Raises Refused when somebody else answers there, InvalidRequest and MachineError when it cannot be made.
+    """
+    server = Server(service, files, listen(path))
+    try:
+        yield server
+    finally:
+        await server.aclose()
+        path.unlink(missing_ok=True)  # noqa: ASYNC240 - of a file system in memory
+
+
+def listen(path: Path) -> socket.socket:
+    """A socket that listens at `path`, for its owner alone (0600) from the first moment that it can be connected to.
+
+    A socket that nobody answers on is replaced; the directory is made if it is missing.
+    """
+    if _answers(path):
+        raise Refused(f"somebody answers at {path} already", hint="is another khod running?")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    # Bound under a name of its own and renamed when it is ready: its mode never depends on the umask, which is not ours
+    # to change in a process with threads.
+    making = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        making.unlink(missing_ok=True)
+        sock.bind(str(making))
+        making.chmod(0o600)
+        sock.listen(MAX_CONNECTIONS)
+        making.rename(path)
+    except OSError as error:
+        sock.close()
+        with contextlib.suppress(OSError):
+            making.unlink()
+        if error.errno is None:  # "AF_UNIX path too long": Python's own, 107 bytes are the limit
+            raise InvalidRequest(f"cannot listen at {path}: {error}", hint="choose a shorter path for the socket")
+        raise MachineError(f"cannot listen at {path}", errno=error.errno)
+    return sock
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except TimeoutError:
+            return True  # a full backlog is somebody's
+        except OSError:
+            return False
+        return True
+
+
+class Server:
+    """Accepts connections on `sock`, which it owns, until `aclose`. Make it inside a running loop."""
+
+    def __init__(self, service: Service, files: Bridge, sock: socket.socket) -> None:
+        self._service = service
+        self._files = files
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._connections: set[VarlinkTransport] = set()
+        self._calls: set[asyncio.Task[None]] = set()
+        self._pause: asyncio.TimerHandle | None = None
+        self._resume()
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._connections)
+
+    async def aclose(self) -> None:
+        """Accept no more, cancel the calls under way and wait for their end, close every connection. Again: no effect."""
+        if self._sock.fileno() < 0:
+            return
+        self._suspend()
+        self._sock.close()
+        calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        transports = list(self._connections)
+        for transport in transports:
+            transport.abort()
+        await asyncio.gather(*(transport.closed_future for transport in transports))
+
+    def _resume(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._sock, self._accept)
+
+    def _suspend(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        else:
+            self._loop.remove_reader(self._sock)
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._sock.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            if error.errno not in _SHORT_OF:
+                logger.exception("accept failed")
+            else:
+                logger.warning("no connection can be accepted for want of descriptors or memory: %s", error)
+            # The connection stays in the backlog and the socket readable: without a pause this would be a busy loop.
+            self._suspend()
+            self._pause = self._loop.call_later(ACCEPT_PAUSE, self._resume)
+            return
+        if len(self._connections) >= MAX_CONNECTIONS:
+            logger.warning("connection refused: %d are open", len(self._connections))
+            peer.close()
+            return
+        self._connect(peer)
+
+    def _connect(self, peer: socket.socket) -> None:
+        pid, uid, _ = _ucred.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _ucred.size))
+        refusal = None
+        if uid not in (0, os.geteuid()):
+            logger.warning("process %d of user %d may not talk to khod", pid, uid)
+            refusal = NotPermitted(f"khod does not talk to user {uid}", hint="only root may: try again with sudo")
+        registry = VarlinkInterfaceRegistry()
+        registry.register_interface(HostInterface(self._service, self._files, f"uid:{uid}"))
+        registry.register_interface(service_interface(registry))
+        connection = Connection(registry, peer, refusal, self._calls)
+        transport = VarlinkTransport(self._loop, peer, peer, connection, boundary_predictor=boundaries)
+        self._connections.add(transport)
+        transport.closed_future.add_done_callback(lambda _: self._connections.discard(transport))
+
+
+def service_interface(registry: VarlinkInterfaceRegistry) -> VarlinkServiceInterface:
+    """org.varlink.service: who answers, and what can be asked."""
+    return VarlinkServiceInterface(vendor="khod", product="khod", version=khod.__version__, url="", registry=registry)

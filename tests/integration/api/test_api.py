@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The varlink interface over a real unix socket: calls, answers, errors, descriptors."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from khod import errors
+from khod.api import faults
+from khod.api.client import Client, connect
+from khod.api.host import HostInterface
+from khod.api.server import listen
+from khod.core.state import State
+from khod.errors import FdNotPreservable, InvalidRequest, KhodError, Lost, MachineError, NotAKernel, Refused, UpdateFailed
+from tests.integration.api.served import Served, served
+
+DOCS = Path(__file__).parents[3] / "docs"
+PAGE = 4096
+
+
+@contextmanager
+def memfd(content: bytes = b"x" * PAGE) -> Iterator[int]:
+    fd = os.memfd_create("ram", os.MFD_CLOEXEC)
+    try:
+        os.pwrite(fd, content, 0)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def open_fds() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def same(view: object, other: object) -> bool:
+    return msgspec.json.encode(view) == msgspec.json.encode(other)
+
+
+# --- every method
+
+
+def test_views_arrive_as_they_were_made(khod: Served, client: Client) -> None:
+    with memfd() as fd:
+        client.register("vm1", "guestmemfd", [("ram", fd)], required=False, requires=["net"], options={"a": "b"})
+    client.load("/boot/bzImage", "/boot/initrd", "quiet")
+    service = khod.service
+    assert same(client.status(), khod.run(service.status()))
+    assert same(client.instances(), khod.run(service.instances()))
+    assert same(client.plan(), khod.run(service.plan()))
+    assert same(client.inspect(), khod.run(service.inspect()))
+    for _ in client.update():
+        pass
+    assert same(client.history(), khod.run(service.history()))
+    assert len(client.history(limit=0)) == 0
+
+
+def test_registering_brings_the_file_and_says_who_asked(khod: Served, client: Client) -> None:
+    with memfd(b"a" * PAGE) as ram, memfd(b"b" * 2 * PAGE) as rom:
+        view = client.register("vm1", "guestmemfd", [("ram", ram), ("rom", rom)])
+        assert (view.owner, view.size, list(view.fds)) == (f"uid:{os.getuid()}", 3 * PAGE, ["ram", "rom"])
+        (first, second) = khod.service.held["vm1"].fds
+        reals = khod.files.table
+        assert os.path.samestat(os.fstat(reals[first]), os.fstat(ram))
+        assert os.path.samestat(os.fstat(reals[second]), os.fstat(rom))
+        assert not os.get_inheritable(reals[first])
+
+
+def test_adoption(client: Client) -> None:
+    with memfd() as fd:
+        view = client.adopt("vm1", "guestmemfd", os.getpid(), [("ram", fd)], required=False)
+        assert (view.size, view.required) == (PAGE, False)
+        with pytest.raises(InvalidRequest, match=r"no process 1$"):
+            client.adopt("vm2", "guestmemfd", 1, [("ram", fd)])
+
+
+def test_claim_gives_the_same_file_and_closes_the_machines_descriptors(khod: Served, client: Client) -> None:
+    with memfd(b"guest") as fd:
+        client.register("vm1", "guestmemfd", [("ram", fd)])
+        answer = client.claim("vm1")
+        assert (answer.answer, list(answer.names)) == ("fds", ["ram"])
+        (got,) = answer.fds
+        assert os.path.samestat(os.fstat(got), os.fstat(fd))
+        assert not os.get_inheritable(got)
+        os.close(got)
+    assert len(khod.files.table) == 1  # khod's own
+
+
+def test_claim_has_other_answers(khod: Served, client: Client) -> None:
+    with memfd() as fd:
+        client.register("vm1", "guestmemfd", [("ram", fd)])
+    khod.call(lambda: khod.service.damage("vm1"))
+    assert client.claim("none").answer == "cold"
+    held = client.claim("vm1")
+    assert (held.answer, held.reason, list(held.fds)) == ("hold", "frame 5 is not where it was", [])
+    (fd,) = client.claim("vm1", unverified=True).fds
+    os.close(fd)
+
+
+def test_unregister_and_finish(khod: Served, client: Client) -> None:
+    with memfd() as fd:
+        client.register("vm1", "guestmemfd", [("ram", fd)])
+    assert list(client.finish()) == ["vm1"]
+    client.unregister("vm1")
+    assert khod.files.table == {}
+
+
+# --- errors
+
+
+def test_an_error_arrives_as_the_class_that_was_raised(client: Client) -> None:
+    with pytest.raises(InvalidRequest) as invalid:
+        client.unregister("nobody")
+    assert (invalid.value.message, invalid.value.hint) == ("no instance is called 'nobody'", "khoctl instances lists them")
+    with pytest.raises(NotAKernel) as refused:
+        client.load("/etc/passwd")
+    here = NotAKernel("/etc/passwd")
+    assert (refused.value.message, refused.value.hint, refused.value.errno) == (here.message, here.hint, here.errno)
+    assert refused.value.exit_status == 4
+    client.status()  # the connection is as good as before
+
+
+@pytest.mark.parametrize("kind", faults.KINDS.values(), ids=lambda kind: kind.__name__)
+def test_every_error_crosses(kind: type[KhodError]) -> None:
+    error = kind("it broke", hint="mend it")
+    reply = json.loads(json.dumps(faults.fault(error).tojson()))
+    back = faults.error_of(reply["error"], reply["parameters"])
+    assert type(back) is kind
+    assert (back.message, back.hint) == (error.message, error.hint)
+    assert reply["parameters"]["exit_status"] == kind.exit_status
+    if isinstance(error, MachineError) and isinstance(back, MachineError):
+        assert back.errno == error.errno
+
+
+def test_a_subclass_from_elsewhere_crosses_as_its_ancestor() -> None:
+    class Narrower(errors.MapError):
+        pass
+
+    assert faults.fault(Narrower("chunk 5")).name == "org.khod.Host.MapError"
+
+
+def test_a_bug_inside_is_not_shown_and_not_fatal(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    with memfd() as fd, pytest.raises(KhodError, match="khod failed inside: ZeroDivisionError") as caught:
+        client.register("vm1", "broken", [("ram", fd)])
+    assert type(caught.value) is KhodError
+    assert "a bug" in caplog.text
+    client.status()
+
+
+def test_nobody_answers(tmp_path: Path) -> None:
+    with pytest.raises(Lost, match="does not answer"):
+        connect(tmp_path / "none.sock")
+
+
+def test_khod_ends_in_the_middle_of_a_call(tmp_path: Path) -> None:
+    path = tmp_path / "khod.sock"
+    with served(path) as here, connect(path, timeout=10) as client:
+        client.load("bzImage")
+        events = client.update("prepared")
+        assert next(events).state == "preparing"
+        here.until(lambda: here.service.waiting)
+        closing = here.run(here.server.aclose())
+        assert closing is None
+        with pytest.raises(Lost, match="khod ended before it had answered"):
+            list(events)
+
+
+# --- updates
+
+
+def test_an_update_streams_its_events_as_they_happen(khod: Served, client: Client) -> None:
+    client.load("bzImage")
+    events = client.update("frozen")
+    seen = [next(events) for _ in range(5)]
+    assert [(event.state, event.kind) for event in seen[-2:]] == [("frozen", "state"), ("frozen", "held")]
+    with connect(khod.path, timeout=10) as other:
+        assert other.status().held
+        other.proceed()
+    assert [event.state for event in events] == ["executing"]
+
+
+def test_an_update_that_fails(khod: Served, client: Client) -> None:
+    client.load("bzImage")
+    khod.service.fails = "vm1 would not freeze"
+    events = client.update()
+    with pytest.raises(UpdateFailed, match="vm1 would not freeze") as caught:
+        for event in events:
+            last = event
+    assert (last.state, caught.value.exit_status) == ("freezing", 6)
+
+
+def test_an_update_that_may_not_start(client: Client) -> None:
+    with pytest.raises(Refused, match="no kernel is loaded"):
+        next(client.update())
+    with pytest.raises(InvalidRequest, match="'executing' is no state to hold at"):
+        next(client.update("executing"))
+
+
+def test_abort(khod: Served, client: Client) -> None:
+    client.load("bzImage")
+    events = client.update("prepared")
+    khod.until(lambda: khod.service.waiting)
+    with connect(khod.path, timeout=10) as other:
+        assert other.abort() == "aborted"
+        with pytest.raises(Refused, match="no update"):
+            other.abort()
+    with pytest.raises(UpdateFailed):
+        list(events)
+
+
+def test_a_client_that_hangs_up_does_not_stop_the_update(khod: Served) -> None:
+    with connect(khod.path, timeout=10) as client:
+        client.load("bzImage")
+        next(client.update("frozen"))
+        khod.until(lambda: khod.service.waiting)
+    khod.until(lambda: khod.server.connections == 0 or khod.service.waiting)
+    with connect(khod.path, timeout=10) as other:
+        assert other.status().state == "frozen"
+        other.proceed()
+        khod.until(lambda: khod.service.state is State.EXECUTING)
+    khod.until(lambda: khod.server.connections == 0)
+    assert not khod.service.cancelled
+
+
+# --- descriptors
+
+
+def test_no_descriptor_is_left_over(khod: Served, client: Client) -> None:
+    def everything() -> None:
+        with memfd() as fd:
+            client.register("vm1", "guestmemfd", [("ram", fd), ("rom", fd)])
+            for descriptor in client.claim("vm1").fds:
+                os.close(descriptor)
+            for driver in ("guestmemfd", "unknown", "broken"):
+                with pytest.raises(KhodError):
+                    client.register("vm1", driver, [("ram", fd)])
+            with pytest.raises(FdNotPreservable):
+                client.register("vm3", "guestmemfd", [])
+            # Descriptors beside a call that takes none, beside one that does not exist, beside parameters that are wrong.
+            for method, parameters in (
+                ("GetStatus", {}),
+                ("Nothing", {}),
+                ("Register", {"name": 5}),
+                ("Register", {"name": "v", "driver": "guestmemfd", "fds": [{"name": "a", "fd": 0}, {"name": "b", "fd": 0}]}),
+                ("Register", {"name": "v", "driver": "guestmemfd", "fds": [{"name": "a", "fd": 7}]}),
+            ):
+                client._send(method, parameters, [fd])
+                try:
+                    with client._answer():
+                        assert method == "GetStatus"
+                except InvalidRequest:
+                    assert method != "GetStatus"
+        client.unregister("vm1")
+
+    everything()
+    before = open_fds()
+    for _ in range(20):
+        everything()
+    assert open_fds() == before
+    assert khod.files.table == {}
+
+
+def test_a_message_of_many_parts_keeps_its_descriptors(khod: Served, client: Client) -> None:
+    with memfd() as fd:
+        view = client.register("vm1", "guestmemfd", [("ram", fd)], options={"long": "x" * 200_000})
+        assert (view.size, len(view.detail["long"])) == (PAGE, 200_000)
+
+
+def test_calls_sent_ahead_keep_their_own_descriptors(khod: Served, client: Client) -> None:
+    with memfd(b"a") as one, memfd(b"bb") as two:
+        for name, fd in (("vm1", one), ("vm2", two)):
+            client._send("Register", {"name": name, "driver": "guestmemfd", "fds": [{"name": "ram", "fd": 0}]}, [fd])
+        for size in (1, 2):
+            with client._answer() as (parameters, _, _):
+                assert parameters["instance"]["size"] == size
+
+
+# --- the wire itself
+
+
+def raw(path: Path, data: bytes) -> bytes:
+    """What comes back before the connection ends, having said all."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(10)
+        sock.connect(str(path))
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: sock.recv(1 << 16), b""))
+
+
+def test_bytes_of_an_answer_and_of_an_error(khod: Served) -> None:
+    assert raw(khod.path, b'{"method":"org.khod.Host.ListInstances"}\0') == b'{"parameters":{"instances":[]}}\0'
+    assert raw(khod.path, b'{"method":"org.khod.Host.Continue"}\0') == (
+        b'{"error":"org.khod.Host.Refused","parameters":{"message":"nothing is held","hint":"","exit_status":3}}\0'
+    )
+    assert raw(khod.path, b'{"method":"org.khod.Host.Continue","oneway":true}\0') == b""
+
+
+def test_the_service_interface(khod: Served) -> None:
+    info = json.loads(raw(khod.path, b'{"method":"org.varlink.service.GetInfo"}\0')[:-1])["parameters"]
+    assert info["product"] == "khod"
+    assert info["interfaces"] == ["org.khod.Host", "org.varlink.service"]
+    asked = {"method": "org.varlink.service.GetInterfaceDescription", "parameters": {"interface": "org.khod.Host"}}
+    answer = json.loads(raw(khod.path, json.dumps(asked).encode() + b"\0")[:-1])
+    assert answer["parameters"]["description"] == HostInterface.render_interface_description()
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "error"),
+    [
+        ("org.khod.Host.Nothing", {}, "MethodNotFound"),
+        ("org.khod.Other.Plan", {}, "InterfaceNotFound"),
+        ("org.khod.Host.Update", {}, "ExpectedMore"),
+        ("org.khod.Host.Claim", {}, "InvalidParameter"),
+        ("org.khod.Host.Claim", {"name": "a", "extra": 1}, "InvalidParameter"),
+        ("org.khod.Host.Claim", {"name": ["a"]}, "InvalidParameter"),
+    ],
+)
+def test_calls_that_are_none(khod: Served, method: str, parameters: dict[str, Any], error: str) -> None:
+    answer = raw(khod.path, json.dumps({"method": method, "parameters": parameters}).encode() + b"\0")
+    assert json.loads(answer[:-1])["error"] == f"org.varlink.service.{error}"
+
+
+# --- the socket
+
+
+def test_the_socket_is_its_owners_alone(khod: Served) -> None:
+    assert stat.S_IMODE(khod.path.stat().st_mode) == 0o600
+    assert [entry.name for entry in khod.path.parent.iterdir()] == ["khod.sock"]
+
+
+def test_the_socket_goes_with_the_server(tmp_path: Path) -> None:
+    path = tmp_path / "khod.sock"
+    with served(path):
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_a_second_khod_is_refused_and_a_dead_ones_socket_replaced(khod: Served, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="somebody answers"):
+        listen(khod.path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(tmp_path / "dead.sock"))
+    listen(tmp_path / "dead.sock").close()
+
+
+def test_sockets_that_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="cannot listen") as caught:
+        listen(tmp_path / ("x" * 120))
+    assert "shorter" in caught.value.hint
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match="cannot listen"):
+        listen(tmp_path / "file" / "khod.sock")
+
+
+def test_the_interface_is_documented() -> None:
+    page = DOCS / "varlink.md"
+    text = page_text()
+    if os.environ.get("KHOD_WRITE_DOCS"):
+        page.write_text(text)
+    assert page.read_text() == text, "KHOD_WRITE_DOCS=1 pytest tests/integration/test_api.py writes it anew"
+
+
+def page_text() -> str:
+    return (
+        "# The varlink interface\n\n"
+        "khod serves `org.khod.Host` on `/run/khod/khod.sock`, for root. Descriptors travel beside a message as ancillary\n"
+        "data (SCM_RIGHTS); a field `fd` is an index among them. `varlinkctl introspect /run/khod/khod.sock org.khod.Host`\n"
+        "shows this text. Errors carry `exit_status`, which is khoctl's own.\n\n"
+        "```varlink\n" + HostInterface.render_interface_description() + "```\n"
+    )
