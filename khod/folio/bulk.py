@@ -8,6 +8,8 @@ stops at the first that is wrong, this one looks at all of them under every rule
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,11 +39,11 @@ from khod.folio.walk import off_ground
 class FolioArrays:
     """An accepted map."""
 
-    def __init__(self, orders: dict[int, Bitmaps]) -> None:
-        self._orders = orders
+    def __init__(self, parts: Sequence[tuple[int, Bitmaps]]) -> None:
+        self._parts = parts
 
     def __len__(self) -> int:
-        return sum(held.count for held in self._orders.values())
+        return sum(held.count for _, held in self._parts)
 
     def __iter__(self) -> Iterator[Folio]:
         """Folios by order, then by frame."""
@@ -51,23 +53,18 @@ class FolioArrays:
 
     def arrays(self) -> Iterator[tuple[int, Ints]]:
         """All folios as arrays of first frames, ascending; an order comes in as many pieces as it takes."""
-        for order, held in self._orders.items():
+        for order, held in self._parts:
             for frames in held.pieces():
                 yield order, np.left_shift(frames, order, out=frames)
 
-    def bitmaps(self) -> list[tuple[int, Bitmaps]]:
-        """Orders, ascending, with their bitmaps."""
-        return list(self._orders.items())
 
-
-class _Part:
+class _Part(NamedTuple):
     """One chunk's elements, accepted but for their bits."""
 
-    def __init__(self, chunk: Chunk, blocks: Ints, addresses: Ints, rows: bytes) -> None:
-        self.chunk = chunk
-        self.blocks = blocks
-        self.addresses = addresses
-        self.rows: Words = np.frombuffer(rows, WORD).reshape(-1, WORDS)
+    chunk: Chunk
+    addresses: Words
+    held: Bitmaps
+    rows: Words
 
 
 def read_map(
@@ -90,13 +87,15 @@ def read_map(
         starts, addresses = fields[0::2], fields[1::2]
         _check_elements(chunk, starts, addresses, last if order == chunk.order else -1, ground, storage)
         order, last = chunk.order, int(starts[-1])
-        rows = storage.bitmaps(chunk.address, addresses.tolist())
+        rows = np.frombuffer(storage.bitmaps(chunk.address, tuple(addresses.tolist())), WORD)
         blocks = (starts >> np.uint64(min(block_shift(order), 63))).astype(np.int64)
-        parts.append(_Part(chunk, blocks, addresses.astype(np.int64), rows))
+        held = Bitmaps(blocks, rows, int(np.bitwise_count(rows).sum(dtype=np.int64)))
+        parts.append(_Part(chunk, addresses, held, rows.reshape(-1, WORDS)))
     storage.check_digest(sha256)
     for part in parts:
         _check_bits(part, ground)
-    return FolioArrays(_checked_orders(parts))
+    _check_overlaps(parts)
+    return FolioArrays([(part.chunk.order, part.held) for part in parts])
 
 
 def _check_elements(
@@ -142,44 +141,23 @@ def _within(pages: Words, intervals: Sequence[Interval]) -> Flags:
 
 def _check_bits(part: _Part, ground: Ground) -> None:
     chunk, order = part.chunk, part.chunk.order
-    # Room in folios from phys_start to the top; no block of an order above 40 has any.
-    starts = part.blocks << min(block_shift(order), 62)
-    room = np.minimum((TOP - starts) >> min(PAGE_SHIFT + order, 63), BLOCK_BITS)
-    highest = _highest(part.rows)
-    empty = highest < 0
-    beyond = highest >= room
-    off = np.zeros(len(starts), np.bool_)
-    for at in np.flatnonzero(~_all_allowed(part.blocks, ground.folios(order))).tolist():
-        off[at] = bool(_bits(part, at) & ground.refused(order, int(part.blocks[at])))
-        if off[at]:
-            break
-    wrong = np.flatnonzero(empty | beyond | off)
-    if not len(wrong):
-        return
-    at = int(wrong[0])
-    if empty[at]:
-        raise BitmapEmpty(chunk.address, at, int(part.addresses[at]))
-    bits = _bits(part, at)
-    if beyond[at]:
-        over = bits >> int(room[at])
-        raise FolioBeyondTop(chunk.address, at, int(room[at]) + (over & -over).bit_length() - 1)
-    block = int(part.blocks[at])
-    raise off_ground(ground, chunk.address, at, order, block, bits & ground.refused(order, block))
-
-
-def _bits(part: _Part, at: int) -> int:
-    return int.from_bytes(part.rows[at].tobytes(), "little")
-
-
-def _highest(rows: Words) -> Ints:
-    """The highest set bit of each row, -1 where there is none."""
-    used = rows != 0
-    word = WORDS - 1 - np.argmax(used[:, ::-1], axis=1)
-    top = rows[np.arange(len(rows)), word]
-    for shift in (1, 2, 4, 8, 16, 32):
-        top |= top >> np.uint64(shift)
-    bit = (word << 6) + np.bitwise_count(top).astype(np.int64) - 1
-    return np.where(used.any(axis=1), bit, -1)
+    blocks = part.held.blocks
+    # Blocks at the edge of anything are few, and looked at one by one: by the top, or by a border of the allowed ground.
+    shift = block_shift(order)
+    doubtful = ~part.rows.any(axis=1) | ~_all_allowed(blocks, ground.folios(order))
+    doubtful |= blocks >= (TOP >> shift)
+    for at in np.flatnonzero(doubtful).tolist():
+        block = int(blocks[at])
+        bits = part.held.block(block)
+        if not bits:
+            raise BitmapEmpty(chunk.address, at, int(part.addresses[at]))
+        room = TOP - (block << shift) >> PAGE_SHIFT + order
+        if bits >> room:
+            beyond = bits >> room
+            raise FolioBeyondTop(chunk.address, at, room + (beyond & -beyond).bit_length() - 1)
+        refused = bits & ground.refused(order, block)
+        if refused:
+            raise off_ground(ground, chunk.address, at, order, block, refused)
 
 
 def _all_allowed(blocks: Ints, runs: Sequence[Interval]) -> Flags:
@@ -189,7 +167,8 @@ def _all_allowed(blocks: Ints, runs: Sequence[Interval]) -> Flags:
     bounds = np.array(runs, np.int64)
     first = blocks << BLOCK_SHIFT
     at = np.searchsorted(bounds[:, 0], first, "right") - 1
-    return np.logical_and(at >= 0, first + BLOCK_BITS <= bounds[at, 1])
+    inside: Flags = (at >= 0) & (first + BLOCK_BITS <= bounds[at, 1])
+    return inside
 
 
 def _reject_first(chunk: Chunk, rules: Sequence[tuple[type[MapRejected], Flags, Words]]) -> None:
@@ -203,27 +182,24 @@ def _reject_first(chunk: Chunk, rules: Sequence[tuple[type[MapRejected], Flags, 
             raise rejection(chunk.address, at, int(values[at]))
 
 
-def _checked_orders(parts: Sequence[_Part]) -> dict[int, Bitmaps]:
-    orders: dict[int, Bitmaps] = {}
-    for order in dict.fromkeys(part.chunk.order for part in parts):
-        mine = [part for part in parts if part.chunk.order == order]
-        rows = np.concatenate([part.rows.reshape(-1) for part in mine])
-        count = int(np.bitwise_count(rows).sum(dtype=np.int64))
-        orders[order] = Bitmaps(np.concatenate([part.blocks for part in mine]), rows, count)
-        for lower, held in orders.items():
-            if lower == order:
-                continue
-            above = meeting(held, orders[order], order - lower)
-            if above is not None:
-                raise _overlap(parts, lower, held, above << order - lower, above + 1 << order - lower)
-    return orders
+def _check_overlaps(parts: Sequence[_Part]) -> None:
+    # From the highest order down, each against all above it. Only what lies above anything has to be in one piece.
+    above: list[tuple[int, Bitmaps]] = []
+    for order, group in groupby(reversed(parts), key=lambda part: part.chunk.order):
+        mine = list(group)[::-1]
+        for higher, held in above:
+            for part in mine:
+                hit = meeting(part.held, held, higher - order)
+                if hit is not None:
+                    raise _overlap(part, hit << higher - order, hit + 1 << higher - order)
+        if mine[0] is not parts[0]:
+            blocks = np.concatenate([part.held.blocks for part in mine])
+            above.append((order, Bitmaps(blocks, np.concatenate([part.rows.reshape(-1) for part in mine]))))
 
 
-def _overlap(parts: Sequence[_Part], order: int, held: Bitmaps, start: int, end: int) -> FolioOverlap:
-    frame = held.first(start, end)
+def _overlap(part: _Part, start: int, end: int) -> FolioOverlap:
+    frame = part.held.first(start, end)
     assert frame is not None
-    for part in parts:
-        at = np.flatnonzero(part.blocks == frame >> BLOCK_SHIFT)
-        if part.chunk.order == order and len(at):
-            return FolioOverlap(part.chunk.address, int(at[0]), frame << order + PAGE_SHIFT, f"order {order}")
-    raise AssertionError("a bitmap that no element names")
+    order = part.chunk.order
+    at = int(np.searchsorted(part.held.blocks, frame >> BLOCK_SHIFT))
+    return FolioOverlap(part.chunk.address, at, frame << order + PAGE_SHIFT, f"order {order}")

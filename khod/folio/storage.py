@@ -27,10 +27,9 @@ from khod.folio.errors import (
     Unreadable,
 )
 from khod.folio.ground import Ground
-from khod.folio.layout import BITMAP_BYTES, BITMAPS_PER_PAGE, CHUNK_ELEMENTS, HEADER
+from khod.folio.layout import BITMAP_BYTES, CHUNK_ELEMENTS, HEADER
 from khod.folio.units import PAGE_SHIFT, PAGE_SIZE, PhysicalMemory
 
-_UNIT_SHIFT = BITMAP_BYTES.bit_length() - 1
 _OFFSET = PAGE_SIZE - 1
 
 
@@ -52,7 +51,7 @@ class Storage:
         self._budget = pages
         self._pages: dict[int, bytes] = {}
         self._chunks: set[int] = set()
-        self._claimed: set[int] = set()  # in units of a bitmap
+        self._claimed: set[int] = set()  # every address at which 512 bytes are in use
         self._digest = hashlib.sha256()
 
     def chunk(self, address: int, named_by: int) -> bytes:
@@ -66,8 +65,7 @@ class Storage:
             raise ChunkInScratch(named_by, None, address)
         if address in self._chunks:
             raise ChunkCycle(named_by, None, address)
-        first = address >> _UNIT_SHIFT
-        units = range(first, first + BITMAPS_PER_PAGE)
+        units = range(address, address + PAGE_SIZE, BITMAP_BYTES)
         if not self._claimed.isdisjoint(units):
             raise StorageOverlap(named_by, None, address)
         self._chunks.add(address)
@@ -77,26 +75,32 @@ class Storage:
         return page
 
     def overlapping(self, bitmaps: Sequence[int]) -> int | None:
-        """Which of `bitmaps`, addresses, is the first to overlap a chunk, an earlier bitmap or an earlier of these."""
-        units = [address >> _UNIT_SHIFT for address in bitmaps]
-        if self._claimed.isdisjoint(units) and len(set(units)) == len(units):
+        """Which of `bitmaps` is the first to overlap a chunk, an earlier bitmap or an earlier of these. They are addresses;
+        one that is not aligned overlaps nothing here, being wrong already."""
+        if self._claimed.isdisjoint(bitmaps) and len(set(bitmaps)) == len(bitmaps):
             return None
         seen = set(self._claimed)
-        for i, unit in enumerate(units):
-            if unit in seen:
+        for i, address in enumerate(bitmaps):
+            if address in seen:
                 return i
-            seen.add(unit)
+            seen.add(address)
         return None
 
-    def bitmaps(self, chunk: int, addresses: Sequence[int]) -> bytes:
+    def bitmaps(self, chunk: int, addresses: tuple[int, ...]) -> bytes:
         """The bitmaps of one chunk, one behind the other; their addresses have been accepted."""
-        self._claimed.update(address >> _UNIT_SHIFT for address in addresses)
-        pages = self._pages
+        self._claimed.update(addresses)
         parts = []
-        for i, address in enumerate(addresses):
+        at = 0
+        while at < len(addresses):
+            address = addresses[at]
             offset = address & _OFFSET
-            page = pages.get(address - offset) or self._page(address - offset, chunk, i)
-            parts.append(page[offset : offset + BITMAP_BYTES])
+            page = self._pages.get(address - offset) or self._page(address - offset, chunk, at)
+            # Mostly a page is filled from here to its end: one piece then, not one for each bitmap.
+            run = addresses[at : at + (PAGE_SIZE - offset) // BITMAP_BYTES]
+            rest = range(address, address + len(run) * BITMAP_BYTES, BITMAP_BYTES)
+            taken = len(run) if run == tuple(rest) else 1
+            parts.append(page[offset : offset + taken * BITMAP_BYTES])
+            at += taken
         joined = b"".join(parts)
         self._digest.update(joined)
         return joined
