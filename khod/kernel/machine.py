@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from khod.core.ports import Machine
+from khod.kernel import tsc
 from khod.kernel.boot import KernelBootInfo
 from khod.kernel.clock import KernelClock
 from khod.kernel.files import KernelFiles
@@ -19,14 +20,14 @@ from khod.kernel.store import FileStore
 
 
 def machine(state_directory: Path) -> Machine:
-    """The running machine, with its journal in `state_directory`. Touches nothing until a port is called."""
+    """The running machine, with its journal in `state_directory`, which is made when it is first written to."""
     return Machine(
         liveupdate=KernelLiveUpdate(),
         files=KernelFiles(),
         frames=KernelFrames(),
         memory=KernelMemory(),
         kexec=KernelKexec(),
-        clock=KernelClock(),
+        clock=KernelClock(tsc.reader()),
         store=FileStore(state_directory),
         filesystems=KernelFileSystems(),
         boot=KernelBootInfo(),
