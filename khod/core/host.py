@@ -350,7 +350,7 @@ class Host:
 
     def _ended(self, task: asyncio.Task[State]) -> None:
         self._events.close()
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
             logger.error("the update ended by %r", error)
 
     async def _follow(

@@ -2,7 +2,7 @@
 """Restoration: every instance retrieved, compared with what was noted of it, and given back to its driver.
 
 Runs in dependency order, independent instances at once. Nothing here releases anything: an instance with which something is
-wrong stays in khod's hands, whole, and is told apart (decisions 21 to 23). No numpy before `verify_rest`.
+wrong stays in khod's hands, whole, and is told apart (decisions 21 to 23). No numpy anywhere.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from khod.core.ports import Machine
 from khod.core.registry import Entry, InstanceState, order
 from khod.core.settings import Settings
 from khod.errors import DeadlinePassed, FormatError, KhodError
+from khod.folio.blocks import Blocks, OrderDifference
 
 logger = logging.getLogger(__name__)
 
@@ -182,16 +183,13 @@ class Restorer:
         self.verification.frames += len(chosen)
 
 
-def verify_rest(machine: Machine, settings: Settings, incoming: Incoming, entries: list[Entry]) -> Verification:
+def verify_rest(machine: Machine, incoming: Incoming, entries: list[Entry]) -> Verification:
     """Compare every folio with what was noted, and their union with the map, beside the running workload. Blocks.
 
     What differs is reported, not judged: after a retrieve the kernel may migrate pages again, bytes and all.
     """
-    from khod.folio import bulk  # numpy is behind these: not on the way to restored
-    from khod.folio.tracker import Tracker
-
     result = Verification()
-    union = Tracker(ram=machine.memory.ram(), scratch=(), max_order=settings.max_order)
+    union = Blocks()
     noted = {c.name: c for c in incoming.carried}
     for entry in entries:
         carried = noted.get(entry.name)
@@ -202,14 +200,21 @@ def verify_rest(machine: Machine, settings: Settings, incoming: Incoming, entrie
         for fd, was in zip([*memory, *areas], carried.frames, strict=True):
             digest = FramesDigest()
             for window in windows(machine, fd):
-                union.preserve_folios(window.pfns, window.orders)
+                union.add(window.pfns, window.orders)
                 digest.add(window)
             if digest.digest() != was:
                 result.problems.append(f"{entry.name}: some of its pages are in other frames than before the jump")
     for fd in (incoming.tree_fd, incoming.map_fd):
         for window in windows(machine, fd) if fd >= 0 else ():
-            union.preserve_folios(window.pfns, window.orders)
-    result.folios = len(union)
+            union.add(window.pfns, window.orders)
+    result.folios = union.folio_count
     if incoming.map is not None and all(e.state.sound for e in entries):
-        result.problems += bulk.differences(incoming.map, union)
+        missing, extra = incoming.map.difference(union)
+        result.problems += [f"the folio map lacks {_said(d)}" for d in missing]
+        result.problems += [f"the folio map lists {_said(d)}, which nothing has" for d in extra]
     return result
+
+
+def _said(difference: OrderDifference) -> str:
+    first = ", ".join(f"{folio.pfn:#x}" for folio in difference.first)
+    return f"{difference.folios} folios of order {difference.order} (first frames {first})"

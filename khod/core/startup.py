@@ -160,7 +160,7 @@ class Startup:
     async def verify(self, problems: list[str]) -> None:
         """The rest of the verification, beside the workload; what differs is added to `problems`."""
         assert self.incoming is not None
-        rest = await blocking(verify_rest, self.machine, self.settings, self.incoming, list(self.entries))
+        rest = await blocking(verify_rest, self.machine, self.incoming, list(self.entries))
         problems += rest.problems
         self._verification.folios = rest.folios
         self.journal.note(

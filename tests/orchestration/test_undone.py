@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Updates that do not go through: everything is undone, the workload never notices, the next one works."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from khod.core.settings import Settings
+from khod.core.state import HOLDABLE, State
+from khod.errors import Lost, Refused, UpdateFailed
+from khod.simulated import ProcessDied
+from tests.orchestration.world import MIB, QUICK, Guest, Recorder, World
+
+Scenario = Callable[[World], Awaitable[None]]
+
+
+async def fails(world: World, match: str) -> str:
+    """An update that must fail with these words; everything must be as before, and the next update go through."""
+    with pytest.raises(UpdateFailed) as caught:
+        await world.update()
+    assert re.search(match, str(caught.value)), str(caught.value)
+    untouched(world)
+    return str(caught.value)
+
+
+def untouched(world: World) -> None:
+    assert world.host.state is State.ABORTED
+    assert not world.kernel.luo.outgoing, "sessions are left"
+    assert not world.host.machine.kexec.loaded(), "the image is still loaded"
+    assert {e.state for e in world.host.registry} <= {"registered", "restored", "claimed"}
+    assert not any(e.states or e.session >= 0 for e in world.host.registry)
+    assert not world.kernel.jumped
+
+
+@pytest.mark.parametrize(
+    ("call", "nth"),
+    [
+        *(("create_session", n) for n in (1, 2, 3)),
+        *(("preserve_fd", n) for n in (1, 2, 3, 4, 5)),
+        *(("frames", 1), ("window", 1), ("window", 5), ("memfd", 1), ("memfd", 2), ("memfd", 3)),
+        *(("sync", 1), ("sync", 2), ("load", 1), ("loaded", 2), ("execute", 1)),
+        *(("write", 1), ("write", 2), ("write", 3), ("read", 1)),
+    ],
+)
+def test_a_failure_of_any_call_is_undone(world: World, call: str, nth: int) -> None:
+    async def scenario() -> None:
+        world.plugins = [Recorder()]
+        await world.khod()
+        memory = world.memory()
+        await world.register("vm-1", memory)
+        await world.register("vm-2", world.memory(), "recorder", requires=["vm-1"])
+        world.kernel.faults.fail(call, errno.ENOMEM, nth=nth)
+        await fails(world, "everything was undone")
+        world.kernel.faults.clear()
+        assert world.intact(memory)
+        world.workload.truncate(memory, 2 * MIB)
+        world.workload.truncate(memory, MIB)
+        host = await world.jump()
+        assert host.state is State.RESTORED
+        assert not host.problems
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("state", HOLDABLE)
+def test_abort_from_every_state_that_can_be_held(world: World, state: State) -> None:
+    async def scenario() -> None:
+        world.plugins = [recorder := Recorder()]
+        guest = Guest("vmm", ("vm-1",))
+        host = await world.khod()
+        host.attach(guest)
+        await world.register("vm-1", memory := world.memory(), "recorder")
+        task = await world.held(state)
+        assert host.state is state
+        assert (await host.status()).held
+        assert await host.abort() == State.ABORTED
+        with pytest.raises(UpdateFailed, match="aborted by an operator"):
+            await task
+        untouched(world)
+        assert world.intact(memory)
+        if "preparing" in guest.log:
+            assert guest.log[-1] == "resume"
+        assert ("thaw vm-1" in recorder.log) == ("prepare vm-1" in recorder.log)
+        host.detach(guest)
+        assert (await world.jump()).state is State.RESTORED
+
+    asyncio.run(scenario())
+
+
+def test_undo_goes_backwards_and_past_an_undo_that_fails(world: World) -> None:
+    async def scenario() -> None:
+        world.plugins = [recorder := Recorder()]
+        host = await world.khod()
+        await world.register("ram", world.memory(), "recorder")
+        await world.register("device", world.memory(), "recorder", requires=["ram"])
+        recorder.fails = {"freeze ram": "will not freeze", "thaw ram": "will not thaw"}
+        with pytest.raises(UpdateFailed, match=r"will not freeze.*could not undo.*will not thaw"):
+            await world.update()
+        assert host.state is State.FAILED
+        assert recorder.log[-2:] == ["thaw ram", "thaw device"], "the other one is thawed all the same"
+        assert not world.kernel.luo.outgoing
+        assert not host.machine.kexec.loaded()
+
+    asyncio.run(scenario())
+
+
+def test_a_hang_runs_into_the_deadline_of_its_phase(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, settings=replace(QUICK, preparing=0.05, freezing=0.05))
+        world.plugins = [recorder := Recorder()]
+        await world.khod()
+        await world.register("vm-1", world.memory(), "recorder")
+        for hook in ("prepare", "freeze"):
+            recorder.hangs = {f"{hook} vm-1"}
+            await fails(world, "vm-1.*0.05 s")
+        recorder.hangs = set()
+        world.host.settings = world.settings = QUICK
+        assert (await world.jump()).state is State.RESTORED
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("what", ["preparing", "quiesce", "commit"])
+def test_a_client_that_does_not_answer_fails_the_update_and_all_resume(tmp_path: Path, what: str) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, settings=replace(QUICK, preparing=0.2, freezing=0.2))
+        host = await world.khod()
+        good, bad = Guest("good", ("vm-1",)), Guest("bad", ("vm-2",), silent={what})
+        host.attach(good)
+        host.attach(bad)
+        await world.register("vm-1", world.memory())
+        await world.register("vm-2", world.memory())
+        await fails(world, f"bad: no answer to {what}")
+        assert good.log[-1] == bad.log[-1] == "resume"
+
+    asyncio.run(scenario())
+
+
+def test_a_lease_that_ended_stops_the_jump(world: World) -> None:
+    """Decision 13: READY holds while the connection that gave it is open."""
+
+    async def scenario() -> None:
+        host = await world.khod()
+        guest = Guest("vmm", ("vm-1",))
+        host.attach(guest)
+        await world.register("vm-1", world.memory())
+        task = await world.held(State.FROZEN)
+        guest.connected = False
+        await host.proceed()
+        with pytest.raises(UpdateFailed, match=r"vmm.*READY"):
+            await task
+        untouched(world)
+        assert "executing" not in guest.log
+
+    asyncio.run(scenario())
+
+
+def test_an_optional_instance_is_left_behind_with_all_that_require_it(world: World) -> None:
+    async def scenario() -> None:
+        world.plugins = [recorder := Recorder()]
+        await world.khod()
+        await world.register("vm-1", world.memory())
+        await world.register("extra", world.memory(), "recorder", required=False)
+        await world.register("more", world.memory(), "recorder", required=False, requires=["extra"])
+        recorder.fails = {"freeze extra": "is stuck"}
+        host = await world.jump()
+        assert [v.name for v in await host.instances()] == ["vm-1"]
+        await host.verified()
+        assert not host.problems, "the map must not list what stayed behind"
+        (update,) = await host.history()
+        assert len(update.left_behind) == 2
+        assert any("extra: is stuck" in text for text in update.left_behind)
+        assert {"thaw extra", "thaw more"} <= set(recorder.log)
+
+    asyncio.run(scenario())
+
+
+def test_an_optional_one_that_a_required_one_needs_fails_the_update(world: World) -> None:
+    async def scenario() -> None:
+        world.plugins = [recorder := Recorder()]
+        await world.khod()
+        await world.register("ram", world.memory(), "recorder", required=False)
+        await world.register("device", world.memory(), "recorder", requires=["ram"])
+        recorder.fails = {"prepare ram": "is stuck"}
+        await fails(world, "ram, which device requires")
+
+    asyncio.run(scenario())
+
+
+def test_what_the_kernel_refuses_is_left_behind_when_optional_and_fails_when_required(world: World) -> None:
+    async def scenario() -> None:
+        world.plugins = [Recorder()]
+        await world.khod()
+        await world.register("vm-1", world.memory())
+        huge = world.workload.special("hugetlb", 2 * MIB)
+        await world.register("huge", huge, "recorder")
+        await fails(world, "huge")
+        await world.host.unregister("huge")
+        await world.register("huge", huge, "recorder", required=False)
+        host = await world.jump()
+        (update,) = await host.history(1)
+        assert "ENOENT" in update.left_behind[0]
+        assert host.state is State.RESTORED
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_exited_can_claim_its_memory_after_an_abort(world: World) -> None:
+    """Decision 3: an outgoing session must never be the only holder."""
+
+    async def scenario() -> None:
+        host = await world.khod()
+        client = world.kernel.spawn("client")
+        fd = world.memory(process=client)
+        await host.register("vm-1", "guestmemfd", [("memory", client.give(fd, world.process))], owner="uid:0")
+        task = await world.held(State.FROZEN)
+        client.exit()
+        await host.abort()
+        await asyncio.wait([task])
+        answer = await host.claim("vm-1", owner="uid:0")
+        heir = world.kernel.spawn("heir")
+        assert world.intact(heir.call("descriptor", world.process.pid, answer.fds[0]), process=heir)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("call", ["preserve_fd", "sync", "load", "execute", "store_append"])
+def test_a_khod_that_died_in_an_update_is_followed_by_one_that_undoes(world: World, call: str) -> None:
+    """Decision 14: never on towards the jump."""
+
+    async def scenario() -> None:
+        host = await world.khod()
+        memory = world.memory()
+        await world.register("vm-1", memory)
+        world.kernel.faults.die(call, nth=2 if call in ("store_append", "sync") else 1, after=call == "load")
+        with pytest.raises(ProcessDied):
+            await world.update()
+        assert not world.kernel.jumped
+        host = await world.khod()
+        assert host.state is State.ABORTED
+        assert not host.machine.kexec.loaded(), "the image that the dead khod loaded is still there"
+        assert world.intact(memory)
+        await world.register("vm-1", memory)
+        assert (await world.jump()).state is State.RESTORED
+
+    asyncio.run(scenario())
+
+
+def test_the_intent_is_on_the_disk_before_the_jump(world: World) -> None:
+    """Decision 16."""
+
+    async def scenario() -> None:
+        await world.khod()
+        await world.register("vm-1", world.memory())
+        world.kernel.faults.die("execute")
+        with pytest.raises(ProcessDied):
+            await world.update()
+        journal = (world.directory / "disk").glob("*")
+        text = b"".join(path.read_bytes() for path in journal if path.is_file())
+        assert b'"state":"executing"' in text.splitlines()[-1]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("state", [State.PREPARED, State.FROZEN])
+def test_file_systems_are_written_out_after_the_last_ready(world: World, state: State) -> None:
+    """Decision 15: a sync that fails fails the update, whichever of the two it is."""
+
+    async def scenario() -> None:
+        await world.khod()
+        guest = Guest("vmm", ("vm-1",))
+        world.host.attach(guest)
+        await world.register("vm-1", world.memory())
+        world.kernel.faults.fail("sync", errno.EIO, nth=2 if state is State.FROZEN else 1)
+        await fails(world, "EIO")
+        assert ("quiesce" in guest.log) == (state is State.FROZEN)
+
+    asyncio.run(scenario())
+
+
+def test_refused_before_anything_is_touched(world: World) -> None:
+    async def scenario() -> None:
+        host = await world.khod()
+        fd = world.memory()
+        await world.register("vm-1", fd)
+        with pytest.raises(Refused, match="no kernel"):
+            await host.update()
+        junk = world.directory.parent / "junk"
+        junk.write_bytes(bytes(8192))
+        with pytest.raises(Exception, match="junk"):
+            await host.load(str(junk))
+        world.workload.load_old("kho=on")
+        await host.load(str(world.image))
+        with pytest.raises(Refused, match="did not load"):
+            await host.update()
+        host.machine.kexec.unload()
+        keeper = world.kernel.spawn("luod")
+        device = keeper.open_device()
+        with pytest.raises(Refused, match="EBUSY"):
+            await host.update()
+        keeper.close(device)
+        assert host.journal.records == []
+        assert not world.kernel.luo.outgoing
+        assert (await world.jump()).state is State.RESTORED
+
+    asyncio.run(scenario())
+
+
+def test_an_image_that_changed_since_it_was_named_is_not_loaded(world: World) -> None:
+    """Decision 11."""
+
+    async def scenario() -> None:
+        host = await world.khod()
+        await host.load(str(world.image))
+        os.truncate(world.image, 4096)
+        with pytest.raises(UpdateFailed, match="changed"):
+            _ = [event async for event in await host.update()]
+        untouched(world)
+
+    asyncio.run(scenario())
+
+
+def test_memory_that_is_not_there_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    """Decision 8: holes are filled by preserving."""
+
+    async def scenario() -> None:
+        world = World(tmp_path, memory=128 * MIB)
+        host = await world.khod()
+        await world.register("vm-1", world.workload.memfd(200 * MIB))
+        await host.load(str(world.image))
+        plan = await host.plan()
+        assert plan.memory.parts["holes"] == plan.memory.holes_filled == 200 * MIB
+        assert plan.memory.need > plan.memory.have
+        with pytest.raises(Refused, match=rf"not enough memory: {plan.memory.need} .*holes {200 * MIB}"):
+            await host.update()
+        await host.unregister("vm-1")
+        await world.register("vm-1", world.memory())
+        assert (await world.jump()).state is State.RESTORED
+
+    asyncio.run(scenario())
+
+
+def test_the_reserve_stays_free(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, settings=Settings(reserve=1 << 40))
+        host = await world.khod()
+        await world.register("vm-1", world.memory())
+        await host.load(str(world.image))
+        with pytest.raises(Refused, match="not enough memory"):
+            await host.update()
+
+    asyncio.run(scenario())
+
+
+def test_one_update_at_a_time_and_no_registering_meanwhile(world: World) -> None:
+    async def scenario() -> None:
+        host = await world.khod()
+        await world.register("vm-1", world.memory())
+        task = await world.held(State.PREPARED)
+        with pytest.raises(Refused, match="prepared"):
+            await host.update()
+        with pytest.raises(Refused, match="prepared"):
+            await world.register("vm-2", world.memory())
+        with pytest.raises(Refused, match="prepared"):
+            await host.unregister("vm-1")
+        assert (await host.claim("vm-1", owner="uid:0")).answer == "hold"
+        await host.abort()
+        await asyncio.wait([task])
+        assert isinstance(task.exception(), UpdateFailed)
+        assert not isinstance(task.exception(), Lost)
+
+    asyncio.run(scenario())
+
+
+def test_a_second_abort_and_a_stray_continue_are_refused(world: World) -> None:
+    async def scenario() -> None:
+        host = await world.khod()
+        with pytest.raises(Refused):
+            await host.abort()
+        with pytest.raises(Refused):
+            await host.proceed()
+
+    asyncio.run(scenario())
