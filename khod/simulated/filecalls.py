@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""System calls on files and descriptors. Each takes the calling process first and raises OSError."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from khod.core.ports import F_SEAL_EXEC, WINDOW
+from khod.folio.units import PAGE_SHIFT
+from khod.simulated.inode import Inode, OpenFile
+from khod.simulated.pages import Pages
+from khod.simulated.process import RealFd
+from khod.simulated.ram import data
+from khod.simulated.shmem import Shmem
+from khod.simulated.task import Task
+
+_MAX_ORDER = 18
+_KINDS = ("hugetlb", "guest_memfd", "iommufd", "vfio", "other")
+
+
+class FileCalls:
+    """Files in memory; `tasks` finds the other process where two are concerned."""
+
+    def __init__(self, pages: Pages, tasks: Callable[[int], Task]) -> None:
+        self._pages = pages
+        self._task = tasks
+
+    def memfd(self, task: Task, size: int, order: int = 0, executable: bool = True, scatter: int | None = None) -> int:
+        """memfd_create(2) with MFD_EXEC (or MFD_NOEXEC_SEAL), and the folio order that shmem's policy gives the file."""
+        if not 0 <= order <= _MAX_ORDER or size < 0:
+            raise OSError(errno.EINVAL, f"size {size}, order {order}")
+        inode = Shmem(self._pages, size, order=order, executable=executable)
+        inode.scatter = scatter
+        inode.seals = 0 if executable else F_SEAL_EXEC
+        return task.install(OpenFile(inode))
+
+    def special(self, task: Task, kind: str, size: int = 0) -> int:
+        """A file that the kernel preserves not: 'hugetlb', 'guest_memfd', 'iommufd', 'vfio', 'other' (a pipe, say)."""
+        if kind not in _KINDS:
+            raise OSError(errno.EINVAL, kind)
+        return task.install(OpenFile(Inode(kind, size)))
+
+    def reopen(self, task: Task, fd: int, mode: str) -> int:
+        """Open /proc/self/fd/`fd` again: 'r', 'rw', or 'path' for O_PATH."""
+        inode = task.lookup(fd).inode
+        return task.install(OpenFile(inode, writable=mode == "rw", path_only=mode == "path"))
+
+    def stat(self, task: Task, fd: int) -> dict[str, Any]:
+        """fstat(2), F_GET_SEALS, F_GETFL."""
+        file = task.lookup(fd)
+        return {**asdict(file.inode.stat()), "readable": file.readable, "writable": file.writable}
+
+    def _shmem(self, task: Task, fd: int, *, write: bool = False) -> Shmem:
+        file = task.file(fd)
+        if write and not file.writable:
+            raise OSError(errno.EBADF, f"descriptor {fd} is open for reading only")
+        if not isinstance(file.inode, Shmem):
+            raise OSError(errno.EINVAL, f"descriptor {fd} is a {file.inode.kind}")
+        return file.inode
+
+    def read(self, task: Task, fd: int, offset: int, length: int) -> bytes:
+        """pread(2)."""
+        return self._shmem(task, fd).read(offset, length)
+
+    def write(self, task: Task, fd: int, offset: int, contents: bytes) -> None:
+        """pwrite(2), all of it."""
+        self._shmem(task, fd, write=True).write(offset, contents)
+
+    def populate(self, task: Task, fd: int) -> None:
+        """fallocate(2) of the whole file."""
+        self._shmem(task, fd, write=True).populate()
+
+    def punch(self, task: Task, fd: int, offset: int, length: int) -> None:
+        """fallocate(2), FALLOC_FL_PUNCH_HOLE."""
+        self._shmem(task, fd, write=True).punch(offset, length)
+
+    def truncate(self, task: Task, fd: int, size: int) -> None:
+        """ftruncate(2)."""
+        self._shmem(task, fd, write=True).truncate(size)
+
+    def add_seals(self, task: Task, fd: int, seals: int) -> None:
+        """fcntl(2), F_ADD_SEALS."""
+        file = task.file(fd)
+        if not file.writable:
+            raise OSError(errno.EPERM, "sealing needs a descriptor that may write")
+        self._shmem(task, fd).add_seals(seals)
+
+    def seek(self, task: Task, fd: int, position: int | None = None) -> int:
+        """lseek(2): set the position of the open file, or ask for it."""
+        file = task.file(fd)
+        if position is not None:
+            file.position = position
+        return file.position
+
+    def duplicate(self, task: Task, fd: int) -> int:
+        """dup(2)."""
+        return task.install(task.lookup(fd))
+
+    def close(self, task: Task, fd: int) -> None:
+        """close(2)."""
+        task.close(fd)
+
+    def pass_fd(self, task: Task, fd: int, pid: int) -> int:
+        """Send a descriptor to another process (SCM_RIGHTS); its number there."""
+        return self._task(pid).install(task.lookup(fd))
+
+    def descriptor(self, task: Task, pid: int, fd: int) -> int:
+        """pidfd_getfd(2)."""
+        other = self._task(pid)
+        if not other.dumpable:
+            raise OSError(errno.EPERM, f"{other.name}[{pid}] may not be traced")
+        return task.install(other.lookup(fd))
+
+    # Frames.
+
+    def window(self, task: Task, fd: int, offset: int) -> tuple[bytes, bytes]:
+        """The folios behind one window: first frames (u64) and orders (u8). ENODATA where a page has no frame."""
+        inode = self._shmem(task, fd)
+        shift = inode.order + PAGE_SHIFT
+        end = min(offset + WINDOW, inode.stat().size)
+        pfns = inode.pfns[offset >> shift : ((end - 1) >> shift) + 1]
+        if end <= offset or not pfns.all():
+            raise OSError(errno.ENODATA, f"a hole in the window at {offset:#x}")
+        return pfns.astype("<u8").tobytes(), bytes([inode.order]) * len(pfns)
+
+    def frames(self, task: Task, fd: int, indices: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Frame, first frame of the folio, and its order, for each page index."""
+        inode = self._shmem(task, fd)
+        found = []
+        for index in indices:
+            slot, within = index >> inode.order, index & ((1 << inode.order) - 1)
+            if not 0 <= slot < len(inode.pfns) or not inode.pfns[slot]:
+                raise OSError(errno.ENODATA, f"page {index} has no frame")
+            head = int(inode.pfns[slot])
+            found.append((head + within, head, inode.order))
+        return found
+
+    # The host's files.
+
+    def adopt(self, task: Task, real: int) -> int:
+        """A descriptor for one of the host, which is consumed. A memfd keeps its bytes there until the jump."""
+        try:
+            kind = _kind(real)
+        except OSError:
+            os.close(real)
+            raise
+        if kind == "memfd":
+            inode: Inode = Shmem(self._pages)
+            assert isinstance(inode, Shmem)
+            inode.adopt(real)
+        else:
+            inode = Inode(kind, os.fstat(real).st_size)
+            os.close(real)
+        return task.install(OpenFile(inode))
+
+    def export(self, task: Task, fd: int) -> RealFd:
+        """A new memfd of the host with a copy of what was written, and the same seals; owned by the caller."""
+        inode = self._shmem(task, fd)
+        size = inode.stat().size
+        real = os.memfd_create("khod", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(real, size)
+            if inode.backing >= 0:
+                _copy(inode.backing, real, size)
+            else:
+                self._pour(inode, real, size)
+            fcntl.fcntl(real, fcntl.F_ADD_SEALS, inode.seals)
+        except OSError:
+            os.close(real)
+            raise
+        return RealFd(real)
+
+    def _pour(self, inode: Shmem, real: int, size: int) -> None:
+        for offset, phys, length in self._pages.written(inode.pfns, inode.order):
+            _write(real, offset, self._pages.ram.read(phys, min(length, max(0, size - offset))))
+
+
+def _kind(real: int) -> str:
+    """What a descriptor of the host is, in the words of `khod.core.ports.FileStat`."""
+    try:
+        fcntl.fcntl(real, fcntl.F_GET_SEALS)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise
+        return "other"
+    if fcntl.fcntl(real, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        return "memfd"
+    try:
+        os.pwrite(real, b"", 0)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # hugetlbfs has no write: vfs_write says so before it looks at the length
+            return "hugetlb"
+    return "memfd"
+
+
+def _copy(source: int, target: int, size: int) -> None:
+    for begin, end in data(source, 0, size):
+        while begin < end:
+            part = os.pread(source, min(end - begin, 1 << 24), begin)
+            _write(target, begin, part)
+            begin += len(part)
+
+
+def _write(fd: int, offset: int, contents: bytes) -> None:
+    view = memoryview(contents)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done

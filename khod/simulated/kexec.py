@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Loading a kernel and jumping to it (kernel/kexec_file.c, kernel/kexec_core.c)."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from khod.core.refusals import MAX_CMDLINE
+from khod.errors import FormatError
+from khod.folio.units import Range
+from khod.simulated import image
+from khod.simulated.layout import Release
+from khod.simulated.task import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An image in scratch."""
+
+    kernel: Release
+    cmdline: str
+    carries: bool
+    """Whether it was loaded in the way that hands memory over."""
+
+
+@dataclass(eq=False)
+class Kexec:
+    """What is loaded. Methods that processes call take the process first and raise OSError."""
+
+    running: Release
+    cmdline: str
+    scratch: Sequence[Range]
+    carries: bool
+    """Whether this kernel has KHO on: it loads into scratch then, and hands memory over."""
+    image: Loaded | None = None
+    disabled: bool = False
+    """sysctl kernel.kexec_load_disabled."""
+
+    def load(self, task: Task, kernel: int, initrd: int, cmdline: str) -> None:
+        """kexec_file_load(2). `kernel` and `initrd` (-1: none) are the host's descriptors, consumed."""
+        try:
+            self._permit()
+            self.image = self._read(kernel, initrd, cmdline)
+        finally:
+            os.close(kernel)
+            if initrd >= 0:
+                os.close(initrd)
+
+    def _read(self, kernel: int, initrd: int, cmdline: str) -> Loaded:
+        if len(cmdline.encode("utf-8", "surrogateescape")) > MAX_CMDLINE:
+            raise OSError(errno.EINVAL, "command line too long")
+        try:
+            found = image.identify(os.pread(kernel, os.fstat(kernel).st_size, 0), self.running)
+        except FormatError as error:
+            raise OSError(errno.ENOEXEC, str(error))
+        needs = [found.kernel_size, os.fstat(initrd).st_size if initrd >= 0 else 0]
+        largest = max((r.end - r.start for r in self.scratch), default=0)
+        if self.carries and max(needs) > largest:
+            raise OSError(errno.EADDRNOTAVAIL, f"{max(needs)} bytes fit into no scratch area: the largest has {largest}")
+        return Loaded(found, cmdline, self.carries)
+
+    def load_old(self, task: Task, cmdline: str) -> None:
+        """kexec_load(2), as ``kexec -c`` uses it: accepted, carries nothing, says nothing."""
+        self._permit()
+        self.image = Loaded(self.running, cmdline, carries=False)
+
+    def unload(self, task: Task) -> None:
+        """KEXEC_FILE_UNLOAD."""
+        self._permit()
+        self.image = None
+
+    def loaded(self, task: Task) -> bool:
+        """/sys/kernel/kexec_loaded."""
+        return self.image is not None
+
+    def command_line(self, task: Task) -> str:
+        """/proc/cmdline."""
+        return self.cmdline
+
+    def _permit(self) -> None:
+        if self.disabled:
+            raise OSError(errno.EPERM, "kernel.kexec_load_disabled is set")

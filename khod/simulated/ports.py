@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# ruff: noqa: D102 — the contracts stand in khod.core.ports, once for both machines
+"""The ports of `khod.core.ports` on a simulated machine: each method is one system call of one process.
+
+Contracts are those of the Protocols. The calls that faults can be injected into bear the names of the methods, except
+``window`` (one for each that `Frames.windows` yields), ``frames`` (`Frames.pages`), ``memory_read`` (`Memory.read`),
+``store_read``, ``store_append`` and ``store_cut`` (`Store`), and ``command_line`` (`Kexec.running_cmdline`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from khod.core import ports
+from khod.core.ports import WINDOW, Boot, FileStat, FolioWindow, Image, Machine, MemoryFigures, Stamp
+from khod.core.refusals import MAX_PRESERVED, REFUSALS, refusal, session_name
+from khod.errors import FileTooLarge, InvalidRequest, NotPermitted
+from khod.folio.units import Folio, Range
+from khod.simulated import images
+from khod.simulated.faults import OpenFailed
+from khod.simulated.process import Process, RealFd
+
+_DEVICE_CALLS = ("probe", "create_session", "retrieve_session")
+
+
+@dataclass(frozen=True)
+class _Port:
+    """What all have in common: a process to make calls, and the translation of its failures."""
+
+    process: Process
+
+    def _call(self, what: str, name: str, *args: Any, refused: str = "") -> Any:
+        """Call `name`; a failure becomes the exception of the call `refused` (by default the same), about `what`."""
+        try:
+            return self.process.call(name, *args)
+        except OpenFailed as error:
+            raise refusal("open_device", error.errno or 0, f"/dev/liveupdate: {error.strerror}")
+        except OSError as error:
+            call, number = refused or name, error.errno or 0
+            if name in _DEVICE_CALLS and number not in REFUSALS.get(name, {}):
+                call = "open_device"
+            raise refusal(call, number, f"{what}: {error.strerror}")
+
+
+class LiveUpdate(_Port):
+    """See `khod.core.ports.LiveUpdate`."""
+
+    def probe(self) -> None:
+        self._call("device", "probe")
+
+    def create_session(self, name: str) -> int:
+        return int(self._call(f"session {name!r}", "create_session", session_name(name)))
+
+    def retrieve_session(self, name: str) -> int:
+        return int(self._call(f"session {name!r}", "retrieve_session", session_name(name)))
+
+    def preserve_fd(self, session: int, fd: int, token: int) -> None:
+        try:
+            self.process.call("preserve_fd", session, fd, token, True)
+        except OSError as error:
+            what = f"descriptor {fd} as token {token} of session {session}: {error.strerror}"
+            # Linux says ENOMEM of a file whose list of folios is too long, as of one that memory does not hold.
+            if error.errno == errno.ENOMEM and self.process.call("stat", fd)["size"] >= MAX_PRESERVED:
+                raise FileTooLarge(f"preserve_fd: {what}", errno=errno.ENOMEM)
+            raise refusal("preserve_fd", error.errno or 0, what)
+
+    def retrieve_fd(self, session: int, token: int) -> int:
+        return int(self._call(f"token {token} of session {session}", "retrieve_fd", session, token))
+
+    def finish(self, session: int) -> None:
+        self._call(f"session {session}", "finish", session)
+
+    def session_name(self, session: int) -> str:
+        raw = bytes(self._call(f"descriptor {session}", "session_name", session))
+        return raw.decode("utf-8", "surrogateescape")
+
+
+class Files(_Port):
+    """See `khod.core.ports.Files`."""
+
+    def memfd(self, name: str, size: int) -> int:
+        return int(self._call(f"{name!r} of {size} bytes", "memfd", size))
+
+    def stat(self, fd: int) -> FileStat:
+        found = self._call(f"descriptor {fd}", "stat", fd)
+        return FileStat(**{**found, "inode": tuple(found["inode"])})
+
+    def read(self, fd: int, offset: int, length: int) -> bytes:
+        return bytes(self._call(f"descriptor {fd}", "read", fd, offset, length))
+
+    def write(self, fd: int, offset: int, data: bytes | memoryview) -> None:
+        self._call(f"descriptor {fd}, {len(data)} bytes at {offset}", "write", fd, offset, data)
+
+    def add_seals(self, fd: int, seals: int) -> None:
+        self._call(f"descriptor {fd}, seals {seals:#x}", "add_seals", fd, seals)
+
+    def truncate(self, fd: int, size: int) -> None:
+        self._call(f"descriptor {fd} to {size} bytes", "truncate", fd, size)
+
+    def duplicate(self, fd: int) -> int:
+        return int(self._call(f"descriptor {fd}", "duplicate", fd))
+
+    def close(self, fd: int) -> None:
+        self._call(f"descriptor {fd}", "close", fd)
+
+    def adopt(self, real: int) -> int:
+        try:
+            return int(self._call(f"host descriptor {real}", "adopt", RealFd(real)))
+        finally:
+            os.close(real)
+
+    def export(self, fd: int) -> int:
+        found = self._call(f"descriptor {fd}", "export", fd)
+        return found.fd if isinstance(found, RealFd) else int(found)
+
+
+class Frames(_Port):
+    """See `khod.core.ports.Frames`."""
+
+    def windows(self, fd: int) -> Iterator[FolioWindow]:
+        size = int(self._call(f"descriptor {fd}", "stat", fd)["size"])
+        for offset in range(0, size, WINDOW):
+            raw_pfns, raw_orders = self._call(f"descriptor {fd} at {offset:#x}", "window", fd, offset)
+            pfns, orders = array("Q"), array("B")
+            pfns.frombytes(raw_pfns)
+            orders.frombytes(raw_orders)
+            yield FolioWindow(offset, pfns, orders)
+
+    def pages(self, fd: int, indices: Sequence[int]) -> list[tuple[int, Folio]]:
+        found = self._call(f"descriptor {fd}", "frames", fd, list(indices))
+        return [(pfn, Folio(head, order)) for pfn, head, order in found]
+
+
+class Memory(_Port):
+    """See `khod.core.ports.Memory`."""
+
+    def read(self, phys: int, length: int) -> bytes:
+        try:
+            return bytes(self.process.call("memory_read", phys, length))
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                raise ValueError(error.strerror)
+            raise refusal("memory_read", error.errno or 0, f"{length} bytes at {phys:#x}")
+
+    def ram(self) -> tuple[Range, ...]:
+        return tuple(Range(start, end) for start, end in self._call("layout", "ram"))
+
+    def scratch(self) -> tuple[Range, ...]:
+        return tuple(Range(start, end) for start, end in self._call("layout", "scratch"))
+
+    def figures(self) -> MemoryFigures:
+        return MemoryFigures(**self._call("figures", "figures"))
+
+
+class Kexec(_Port):
+    """See `khod.core.ports.Kexec`. Images are files of the host."""
+
+    def open(self, kernel: str, initrd: str = "", cmdline: str | None = None) -> Image:
+        return images.open_image(kernel, initrd, self.running_cmdline() if cmdline is None else cmdline)
+
+    def release(self, image: Image) -> None:
+        images.close_image(image)
+
+    def load(self, image: Image) -> None:
+        images.check_unchanged(image)
+        initrd = RealFd(image.initrd_fd) if image.initrd_fd >= 0 else -1
+        self._call(image.kernel, "load", RealFd(image.kernel_fd), initrd, image.cmdline)
+
+    def unload(self) -> None:
+        self._call("image", "unload", refused="load")
+
+    def loaded(self) -> bool:
+        return bool(self._call("image", "loaded"))
+
+    def running_cmdline(self) -> str:
+        return str(self._call("/proc/cmdline", "command_line"))
+
+    def execute(self) -> NoReturn:
+        self._call("reboot(KEXEC)", "execute")
+        raise AssertionError("the kernel returned from a jump without an error")
+
+
+class Clock(_Port):
+    """See `khod.core.ports.Clock`."""
+
+    def stamp(self) -> Stamp:
+        return Stamp(*self._call("clocks", "stamp"))
+
+
+class Store(_Port):
+    """See `khod.core.ports.Store`."""
+
+    def read(self) -> bytes:
+        return bytes(self._call("journal", "store_read"))
+
+    def append(self, data: bytes) -> None:
+        self._call("journal", "store_append", data)
+
+    def cut(self, length: int) -> None:
+        self._call("journal", "store_cut", length)
+
+
+class FileSystems(_Port):
+    """See `khod.core.ports.FileSystems`."""
+
+    def sync(self) -> None:
+        self._call("/", "sync")
+
+
+class BootInfo(_Port):
+    """See `khod.core.ports.BootInfo`."""
+
+    def boot(self) -> Boot:
+        return Boot(*self._call("boot", "boot"))
+
+
+class Processes(_Port):
+    """See `khod.core.ports.Processes`."""
+
+    def listing(self) -> tuple[ports.Process, ...]:
+        return tuple(ports.Process(pid, name) for pid, name in self._call("processes", "listing"))
+
+    def descriptor(self, pid: int, fd: int) -> int:
+        try:
+            return int(self.process.call("descriptor", pid, fd))
+        except OSError as error:
+            if error.errno in (errno.ESRCH, errno.EBADF):
+                raise InvalidRequest(f"process {pid}, descriptor {fd}: {error.strerror}")
+            if error.errno == errno.EPERM:
+                raise NotPermitted(f"process {pid}, descriptor {fd}: {error.strerror}")
+            raise refusal("descriptor", error.errno or 0, f"process {pid}, descriptor {fd}: {error.strerror}")
+
+
+def machine(process: Process) -> Machine:
+    """All ports, as `process` sees them."""
+    return Machine(
+        liveupdate=LiveUpdate(process),
+        files=Files(process),
+        frames=Frames(process),
+        memory=Memory(process),
+        kexec=Kexec(process),
+        clock=Clock(process),
+        store=Store(process),
+        filesystems=FileSystems(process),
+        boot=BootInfo(process),
+        processes=Processes(process),
+    )
