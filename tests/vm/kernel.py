@@ -77,7 +77,7 @@ def _build(version: str, work: Path, target: Path) -> None:
         directory.mkdir()
     _run(["tar", "-xf", tarball, "-C", source, "--strip-components=1"])
     shutil.copy(DEFCONFIG, out / ".config")
-    make = ["make", "-s", "-C", source, f"O={out}", "KBUILD_BUILD_USER=khod", "KBUILD_BUILD_HOST=lab"]
+    make: list[str | Path] = ["make", "-s", "-C", source, f"O={out}", "KBUILD_BUILD_USER=khod", "KBUILD_BUILD_HOST=lab"]
     _run([*make, "olddefconfig"])
     say("compiling")
     _run([*make, f"-j{os.cpu_count()}", "bzImage"], log=work / "make.log")
