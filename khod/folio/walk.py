@@ -138,7 +138,7 @@ def _check_elements(
         if start > TOP:
             raise StartBeyondTop(chunk.address, i, start)
         if start <= last:
-            raise ElementsNotAscending(chunk.address, i, start, f"after {last:#x}")
+            raise ElementsNotAscending(chunk.address, i, start)
         last = start
         if not address:
             raise BitmapNull(chunk.address, i, address)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -59,6 +59,13 @@ def bytes_of(frames: range) -> Range:
     return Range(frames.start << 12, frames.stop << 12)
 
 
+def apply(t: Tracker, adding: bool, group: Sequence[Folio]) -> None:
+    if len(group) == 1:
+        (t.preserve if adding else t.unpreserve)(*group[0])
+    else:
+        (t.preserve_folios if adding else t.unpreserve_folios)(*window(group))
+
+
 @settings(max_examples=70, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.lists(FOLIO, min_size=1, max_size=12)), max_size=12))
 def test_every_call_does_what_the_rules_say_or_nothing(steps: list[tuple[bool, bool, list[Folio]]]) -> None:
@@ -77,17 +84,11 @@ def test_every_call_does_what_the_rules_say_or_nothing(steps: list[tuple[bool, b
                 model = Model(SPAN, SMALL_RAM, SMALL_SCRATCH)
                 for folio in before:
                     model.add(folio)
-            arrays = window(group)
-            call: Callable[[], None]
-            if len(group) > 1:
-                call = lambda a=arrays: (t.preserve_folios if adding else t.unpreserve_folios)(*a)  # type: ignore[misc]  # noqa: E731
-            else:
-                call = lambda f=group[0]: (t.preserve if adding else t.unpreserve)(*f)  # type: ignore[misc]  # noqa: E731
             if good:
-                call()
+                apply(t, adding, group)
             else:
                 with pytest.raises(e.FolioRefused):
-                    call()
+                    apply(t, adding, group)
             assert list(t) == sorted_as_map(model.folios)
             assert len(t) == len(model.folios)
             assert all(folio in t for folio in model.folios)
@@ -230,9 +231,10 @@ def test_the_highest_orders_do_not_wrap(order: int) -> None:
         with pytest.raises(e.Overlaps, match="order 40"):
             t.preserve((1 << 40) - 1, 0)
     else:
-        for call in (lambda: t.preserve(0, order), lambda: t.preserve_array(array("Q", [0]), order)):
-            with pytest.raises(e.NotRam, match=f"order {order}"):
-                call()
+        with pytest.raises(e.NotRam, match=f"order {order}"):
+            t.preserve(0, order)
+        with pytest.raises(e.NotRam, match=f"order {order}"):
+            t.preserve_array(array("Q", [0]), order)
         assert not len(t)
 
 
