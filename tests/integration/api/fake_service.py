@@ -69,6 +69,8 @@ class FakeService:
         self.updates: list[UpdateView] = []
         self.fails = ""
         """Why the next update fails; '' when it does not."""
+        self.hangs_at: State | None = None
+        """Where the next update stands still, without saying so."""
         self.waiting = False
         self._go = asyncio.Event()
         self._aborting = False
@@ -165,6 +167,9 @@ class FakeService:
                 self.state = state
                 time += 1_000_000
                 await events.put(EventView(time=time, update="u1", state=state, kind="state", message=f"now {state}"))
+                if state is self.hangs_at:
+                    self.waiting = True
+                    await self._go.wait()
                 if state is hold_at:
                     self.waiting = True
                     await events.put(EventView(time=time, update="u1", state=state, kind="held", message="waiting"))

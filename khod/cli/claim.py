@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""khoctl claim."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from khod.cli import output
+from khod.cli.command import Json, khod, reporting
+from khod.core.views import ClaimView
+from khod.errors import Held, InvalidRequest, MachineError
+
+COLD = 9
+"""Exit status: no such instance came through, start it from disk."""
+FIRST = 3
+"""SD_LISTEN_FDS_START, systemd/sd-daemon.h."""
+
+
+@reporting
+def claim(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The instance.", show_default=False)],
+    command: Annotated[
+        list[str], typer.Argument(metavar="COMMAND...", help="What to run with its descriptors.", show_default=False)
+    ],
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Hand it out even if khod cannot vouch for its memory. This is recorded.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Run COMMAND with an instance's descriptors.
+
+    In place of khoctl, and passed as systemd passes sockets: they are 3 and following; LISTEN_FDS says how many, LISTEN_FDNAMES their names with ":" between, LISTEN_PID to whom.
+    Nothing is run when the instance did not come (exit status 9: start it from disk), or came and must not be started
+    (exit status 8: a second life would ruin its disk).
+
+    \b
+    Example:
+        khoctl claim vm1 -- /usr/local/bin/start-vm --memory-fd 3
+    """
+    # Before the claim: what is handed out to a command that does not exist is handed out to nobody.
+    program = shutil.which(command[0])
+    if program is None:
+        raise InvalidRequest(f"there is no command {command[0]!r}", hint="nothing was claimed")
+    with khod(context) as client:
+        view = client.claim(name, unverified=unverified)
+        if json:
+            output.print_json({"answer": view.answer, "reason": view.reason, "names": view.names})
+        if view.answer == "fds":
+            execute(program, command, view)
+    if view.answer == "cold":
+        output.complain(view.reason, "start it from disk")
+        raise typer.Exit(COLD)
+    raise Held(view.reason, hint="do not start it from disk; khoctl claim --unverified hands it out as it is")
+
+
+def execute(program: str, command: Sequence[str], view: ClaimView) -> NoReturn:
+    """Become `command`. The descriptors are taken over."""
+    # Out of the way first: their numbers here may be those that others have to get.
+    spare = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST + len(view.fds)) for fd in view.fds]
+    for index, fd in enumerate(spare):
+        os.dup2(fd, FIRST + index, inheritable=True)
+    passed = {
+        "LISTEN_FDS": str(len(view.fds)),
+        "LISTEN_FDNAMES": ":".join(name.replace(":", "-") for name in view.names),
+        "LISTEN_PID": str(os.getpid()),
+    }
+    try:
+        os.execve(program, list(command), {**os.environ, **passed})
+    except OSError as error:
+        raise MachineError(f"{program} cannot be run", errno=error.errno, hint="claim again: khod holds the memory until then")

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""khoctl unregister."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from khod.cli import output
+from khod.cli.command import Json, khod, reporting
+
+
+@reporting
+def unregister(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The instance.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Forget an instance: khod lets go of its memory.
+
+    One that is damaged is discarded for good.
+
+    \b
+    Example:
+        khoctl unregister vm1
+    """
+    with khod(context) as client:
+        client.unregister(name)
+    if json:
+        output.print_json({"unregistered": name})
+    else:
+        output.say(f"{name} is no longer registered")
