@@ -26,9 +26,7 @@ FIRST = 3
 def claim(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The instance.", show_default=False)],
-    command: Annotated[
-        list[str], typer.Argument(metavar="COMMAND...", help="What to run with its descriptors.", show_default=False)
-    ],
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="What to run.", show_default=False)],
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Hand it out even if khod cannot vouch for its memory. This is recorded.")
     ] = False,
@@ -36,9 +34,10 @@ def claim(
 ) -> None:
     """Run COMMAND with an instance's descriptors.
 
-    In place of khoctl, and passed as systemd passes sockets: they are 3 and following; LISTEN_FDS says how many, LISTEN_FDNAMES their names with ":" between, LISTEN_PID to whom.
-    Nothing is run when the instance did not come (exit status 9: start it from disk), or came and must not be started
-    (exit status 8: a second life would ruin its disk).
+    COMMAND takes khoctl's place. Descriptors are passed as systemd passes sockets: they are 3 and following, LISTEN_FDS
+    says how many, LISTEN_FDNAMES their names with ":" between, LISTEN_PID to whom. Nothing is run when the instance did
+    not come (exit status 9: start it from disk), or came and must not be started (exit status 8: a second life would
+    ruin its disk).
 
     \b
     Example:

@@ -9,6 +9,8 @@ import pty
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -237,13 +239,25 @@ def test_abort(khod: Served) -> None:
     assert (ran.status, ran.json) == (0, {"state": "aborted"})
 
 
+@contextmanager
+def ending(khod: Served) -> Iterator[None]:
+    """khod ends as soon as the update stands still."""
+
+    def end() -> None:
+        khod.until(lambda: khod.service.waiting)
+        khod.run(khod.server.aclose())
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    yield
+    thread.join(10)
+
+
 def test_the_connection_ends_at_the_jump(khod: Served) -> None:
     khoctl(khod, "load", "bzImage")
     khod.service.hangs_at = State.EXECUTING
-    ended = threading.Thread(target=lambda: (khod.until(lambda: khod.service.waiting), khod.run(khod.server.aclose())))
-    ended.start()
-    ran = khoctl(khod, "update")
-    ended.join(10)
+    with ending(khod):
+        ran = khoctl(khod, "update")
     assert ran.status == 0
     assert ran.out.splitlines()[-1].startswith("the jump")
 
@@ -251,10 +265,8 @@ def test_the_connection_ends_at_the_jump(khod: Served) -> None:
 def test_khod_ends_before_the_jump(khod: Served) -> None:
     khoctl(khod, "load", "bzImage")
     khod.service.hangs_at = State.FREEZING
-    ended = threading.Thread(target=lambda: (khod.until(lambda: khod.service.waiting), khod.run(khod.server.aclose())))
-    ended.start()
-    ran = khoctl(khod, "update")
-    ended.join(10)
+    with ending(khod):
+        ran = khoctl(khod, "update")
     assert ran.status == 7
 
 
@@ -264,7 +276,7 @@ def test_history(khod: Served) -> None:
     ran = khoctl(khod, "history")
     assert ran.out.splitlines()[1].startswith("u1      2023-11-14 22:13:20Z  executing  7.3.0 -> 7.3.1")
     one = khoctl(khod, "history", "u")
-    assert "checked    16 pages of each\n" in one.out
+    assert "checked  16 pages of each\n" in one.out
     assert "preparing            1.25 s ±10.0 ms" in one.out
     assert khoctl(khod, "history", "u1", "--json").json["to_release"] == "7.3.1"
     assert khoctl(khod, "history", "nothing").status == 2
