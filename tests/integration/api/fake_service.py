@@ -158,6 +158,7 @@ class FakeService:
     async def _follow(self, events: asyncio.Queue[EventView | None], running: asyncio.Task[None]) -> AsyncIterator[EventView]:
         while (event := await events.get()) is not None:
             yield event
+            events.task_done()
         await asyncio.shield(running)
 
     async def _run(self, events: asyncio.Queue[EventView | None], hold_at: State | None) -> None:
@@ -168,6 +169,7 @@ class FakeService:
                 time += 1_000_000
                 await events.put(EventView(time=time, update="u1", state=state, kind="state", message=f"now {state}"))
                 if state is self.hangs_at:
+                    await events.join()  # the caller has been told
                     self.waiting = True
                     await self._go.wait()
                 if state is hold_at:
