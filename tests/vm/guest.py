@@ -10,6 +10,7 @@ What happens is told to the host line by line, as JSON, over a virtio serial por
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import json
 import os
@@ -109,6 +110,9 @@ def play(guest: Guest, scenario: Path) -> None:
 def main() -> None:
     """Play, tell the verdict, and wait for the host to switch the machine off."""
     guest = Guest(open_port())
+    # Where every thread is when the deadline is near: the one trace of a hang that the host can keep.
+    stuck = open(SHARED / f"stuck-{guest.stage}.log", "w")  # noqa: SIM115  # open for as long as the machine is on
+    faulthandler.dump_traceback_later(guest.parameters["stage_deadline"] * 0.9, file=stuck)
     guest.tell("begin", uptime=float(Path("/proc/uptime").read_text().split()[0]))
     try:
         play(guest, Path(sys.argv[1]))

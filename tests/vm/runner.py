@@ -146,7 +146,11 @@ def run(machine: Machine) -> Result:
 def _prepare(machine: Machine, directory: Path) -> None:
     shared = directory / "shared"
     shared.mkdir()
-    parameters = {"kernel": str(lab_kernel.kernel_directory() / "bzImage"), **machine.parameters}
+    parameters = {
+        "kernel": str(lab_kernel.kernel_directory() / "bzImage"),
+        "stage_deadline": machine.stage_deadline,
+        **machine.parameters,
+    }
     (shared / "parameters.json").write_text(json.dumps(parameters))
     # The environment's own Python, which need not be the system's, without `site`, whose work takes most of a second
     # there. Bytecode is made here, since the guest can neither write it nor compile fast.
