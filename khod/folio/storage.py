@@ -86,24 +86,24 @@ class Storage:
             seen.add(address)
         return None
 
-    def bitmaps(self, chunk: int, addresses: tuple[int, ...]) -> bytes:
-        """The bitmaps of one chunk, one behind the other; their addresses have been accepted."""
+    def bitmaps(self, chunk: int, addresses: tuple[int, ...]) -> list[bytes]:
+        """The bitmaps of one chunk, in pieces of one or several; their addresses have been accepted."""
         self._claimed.update(addresses)
-        parts = []
+        pieces = []
         at = 0
         while at < len(addresses):
             address = addresses[at]
             offset = address & _OFFSET
             page = self._pages.get(address - offset) or self._page(address - offset, chunk, at)
-            # Mostly a page is filled from here to its end: one piece then, not one for each bitmap.
+            # Mostly a page is filled from here to its end: one piece then, and no copy if it is the whole page.
             run = addresses[at : at + (PAGE_SIZE - offset) // BITMAP_BYTES]
             rest = range(address, address + len(run) * BITMAP_BYTES, BITMAP_BYTES)
             taken = len(run) if run == tuple(rest) else 1
-            parts.append(page[offset : offset + taken * BITMAP_BYTES])
+            piece = page[offset : offset + taken * BITMAP_BYTES]
+            self._digest.update(piece)
+            pieces.append(piece)
             at += taken
-        joined = b"".join(parts)
-        self._digest.update(joined)
-        return joined
+        return pieces
 
     def check_digest(self, announced: bytes) -> None:
         """Compare what was read, in the order in which it was read, with what was announced. Raises DigestMismatch."""

@@ -106,7 +106,7 @@ def validate(
         starts, addresses = _elements(chunk)
         _check_elements(chunk, starts, addresses, before, ground, storage)
         before = (chunk.order, starts[-1])
-        joined = storage.bitmaps(chunk.address, addresses)
+        joined = b"".join(storage.bitmaps(chunk.address, addresses))
         shift = block_shift(chunk.order)
         for i, start in enumerate(starts):
             bits = int.from_bytes(joined[i * BITMAP_BYTES : (i + 1) * BITMAP_BYTES], "little")
