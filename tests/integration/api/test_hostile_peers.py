@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a peer may do to khod's socket, and what khod does to it."""
+
+from __future__ import annotations
+
+import array
+import os
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from khod.api import server as server_module
+from khod.api.client import Client, connect
+from khod.api.connection import MAX_MESSAGE, MAX_WAITING
+from khod.api.server import MAX_CONNECTIONS
+from khod.errors import InvalidRequest, Lost
+from tests.integration.api.served import Served, served
+
+STATUS = b'{"method":"org.khod.Host.GetStatus"}\0'
+
+
+@contextmanager
+def peer(path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(10)
+        sock.connect(str(path))
+        yield sock
+
+
+def pour(sock: socket.socket, data: bytes) -> None:
+    """As much as the other side takes."""
+    try:
+        sock.sendall(data)
+    except (BrokenPipeError, ConnectionResetError):
+        return
+
+
+def hung_up(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(1 << 16) == b""
+    except ConnectionResetError:
+        return True
+
+
+def khods_fds() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def alive(khod: Served) -> bool:
+    with connect(khod.path, timeout=10) as client:
+        return client.status().state == "idle"
+
+
+# --- bytes
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"{" + b"x" * 100,
+        b"[]",
+        b'"text"',
+        b"",
+        b"\xff\xfe",
+        b'{"a":' * 100_000,
+        b'{"method":' + b"9" * 5000 + b"}",
+    ],
+    ids=["torn", "array", "text", "empty", "not utf-8", "deep", "huge number"],
+)
+def test_what_is_no_object_ends_the_connection(khod: Served, message: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    fd = os.memfd_create("x")
+    before = khods_fds()
+    with peer(khod.path) as sock:
+        socket.send_fds(sock, [message[:1] or b"\0"], [fd])
+        pour(sock, message[1:] + b"\0")
+        assert hung_up(sock)
+    khod.until(lambda: khod.server.connections == 0)
+    assert khods_fds() == before
+    os.close(fd)
+    assert "connection dropped: a message that is no JSON object" in caplog.text
+    assert alive(khod)
+
+
+@pytest.mark.parametrize("call", [b'{"method":5}\0', b'{"method":"x"}\0', b"{}\0"])
+def test_an_object_that_is_no_call_is_answered(khod: Served, call: bytes) -> None:
+    with peer(khod.path) as sock:
+        sock.sendall(call + STATUS)
+        answer = b""
+        while b"idle" not in answer:
+            answer += sock.recv(1 << 16)
+    assert b"error" in answer.split(b"\0")[0]
+
+
+def test_a_message_may_be_large_and_not_larger(khod: Served) -> None:
+    space = MAX_MESSAGE - len(STATUS)
+    with peer(khod.path) as sock:
+        sock.sendall(STATUS[:-1] + b" " * space + b"\0")
+        assert b"idle" in sock.recv(1 << 16)
+    with peer(khod.path) as sock:
+        pour(sock, STATUS[:-1] + b" " * (space + 1) + b"\0")
+        assert hung_up(sock)
+
+
+def test_a_message_without_end_costs_little(khod: Served) -> None:
+    before = time.process_time()
+    with peer(khod.path) as sock:
+        pour(sock, b" " * (32 << 20))
+        assert hung_up(sock)
+    assert time.process_time() - before < 1.5
+    assert alive(khod)
+
+
+def test_a_flood_of_calls_is_cut_off(khod: Served) -> None:
+    with peer(khod.path) as sock:
+        sock.sendall(STATUS * MAX_WAITING)
+        answers = 0
+        while answers < MAX_WAITING:
+            answers += sock.recv(1 << 16).count(b"\0")
+    with peer(khod.path) as sock:
+        pour(sock, STATUS * (MAX_WAITING + 1))
+        assert hung_up(sock)
+    assert alive(khod)
+
+
+def test_calls_behind_one_that_takes_long_stay_in_the_socket(khod: Served) -> None:
+    with connect(khod.path, timeout=10) as client:
+        client.load("bzImage")
+    with peer(khod.path) as sock:
+        sock.sendall(b'{"method":"org.khod.Host.Update","more":true,"parameters":{"hold_at":"frozen"}}\0')
+        khod.until(lambda: khod.service.waiting)
+        sock.setblocking(False)
+        sent = 0
+        try:
+            while sent < 16 << 20:
+                sent += sock.send(STATUS * 1000)
+        except BlockingIOError:
+            pass
+        assert sent < 16 << 20
+
+
+# --- descriptors
+
+
+def test_descriptors_of_half_a_message_are_closed(khod: Served) -> None:
+    fd = os.memfd_create("x")
+    before = khods_fds()
+    with peer(khod.path) as sock:
+        socket.send_fds(sock, [STATUS[:-5]], [fd] * 50)
+        khod.until(lambda: khods_fds() >= before + 50)
+    khod.until(lambda: khods_fds() == before)
+    os.close(fd)
+
+
+def test_descriptors_in_two_parts_of_a_message_end_the_connection(khod: Served) -> None:
+    fd = os.memfd_create("x")
+    before = khods_fds()
+    with peer(khod.path) as sock:
+        socket.send_fds(sock, [STATUS[:5]], [fd])
+        khod.until(lambda: khods_fds() > before + 1)
+        socket.send_fds(sock, [STATUS[5:]], [fd])
+        assert hung_up(sock)
+    khod.until(lambda: khods_fds() == before)
+    os.close(fd)
+
+
+def test_more_descriptors_than_the_kernel_passes(client: Client) -> None:
+    fd = os.memfd_create("x")
+    with pytest.raises(Lost, match="the connection to khod ended"):
+        client.register("vm1", "guestmemfd", [(str(number), fd) for number in range(254)])
+    os.close(fd)
+
+
+def test_an_answer_that_nobody_takes_leaves_nothing_open(khod: Served, client: Client) -> None:
+    fd = os.memfd_create("x")
+    client.register("vm1", "guestmemfd", [("ram", fd)])
+    os.close(fd)
+    before = khods_fds()
+    claims = b'{"method":"org.khod.Host.Claim","parameters":{"name":"vm1"}}\0' * 20
+    for _ in range(5):
+        with peer(khod.path) as sock:
+            sock.sendall(claims)
+    khod.until(lambda: khod.server.connections == 1)
+    khod.until(lambda: khods_fds() == before)
+
+
+# --- connections
+
+
+def test_connections_are_counted(khod: Served) -> None:
+    socks = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(MAX_CONNECTIONS)]
+    for sock in socks:
+        sock.connect(str(khod.path))
+    khod.until(lambda: khod.server.connections == MAX_CONNECTIONS)
+    with peer(khod.path) as one_more:
+        assert hung_up(one_more)
+    for sock in socks:
+        sock.close()
+    khod.until(lambda: khod.server.connections == 0)
+    assert alive(khod)
+
+
+def test_a_full_table_of_descriptors_passes(khod: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accept(2) fails with EMFILE; whoever waits is let in when there is room again."""
+    monkeypatch.setattr(server_module, "ACCEPT_PAUSE", 0.01)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(10)
+    complaints: list[str] = []
+    monkeypatch.setattr(server_module.logger, "warning", lambda message, *_: complaints.append(message))
+    khod.call(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (sock.fileno() + 1, hard)))
+    filled: list[int] = []
+    try:
+        try:
+            while True:
+                filled.append(os.dup(sock.fileno()))
+        except OSError:
+            pass
+        sock.connect(str(khod.path))
+        khod.until(lambda: len(complaints) >= 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in filled:
+            os.close(fd)
+    sock.sendall(STATUS)
+    assert b"idle" in sock.recv(1 << 16)
+    sock.close()
+
+
+FOREIGN = """
+import os, sys
+from pathlib import Path
+from khod.api.client import connect
+from khod.errors import NotPermitted
+os.setgid(65534)
+os.setuid(65534)
+try:
+    with connect(Path(sys.argv[1]), timeout=10) as client:
+        fd = os.memfd_create("x")
+        for call in (client.status, lambda: client.register("a", "guestmemfd", [("ram", fd)]), lambda: client.claim("a")):
+            try:
+                call()
+            except NotPermitted as error:
+                print("answer:", error.message)
+except NotPermitted as error:
+    print("socket:", error.hint)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_another_user_is_refused_by_the_sockets_mode_and_by_khod() -> None:
+    def foreign(path: Path) -> str:
+        command = [sys.executable, "-c", FOREIGN, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+
+    # Not tmp_path, which its owner alone can reach.
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        with served(Path(directory) / "khod.sock") as khod:
+            before = khods_fds()
+            assert foreign(khod.path) == "socket: only root may talk to khod: try again with sudo\n"
+            khod.path.chmod(0o666)
+            assert foreign(khod.path) == "answer: khod does not talk to user 65534\n" * 3
+            khod.until(lambda: khods_fds() == before)
+            assert khod.service.held == {}
+
+
+def test_truncated_descriptors_are_noticed(khod: Served, client: Client) -> None:
+    """An index beyond what arrived is the caller's error, not khod's."""
+    client._sock.sendmsg(
+        [b'{"method":"org.khod.Host.Register","parameters":{"name":"a","driver":"guestmemfd","fds":[{"name":"x","fd":1}]}}\0'],
+        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0]))],
+    )
+    with pytest.raises(InvalidRequest), client._answer():
+        pass
