@@ -43,6 +43,9 @@ class _Part(NamedTuple):
     addresses: Words
     blocks: Ints
     pieces: list[bytes]
+    doubtful: Ints
+    """Elements whose bits are not plainly good: whose block is empty, or at the edge of anything."""
+    folios: int
 
     def rows(self) -> Words:
         return np.frombuffer(b"".join(self.pieces), WORD).reshape(-1, WORDS)
@@ -51,12 +54,11 @@ class _Part(NamedTuple):
 class FolioArrays:
     """An accepted map."""
 
-    def __init__(self, parts: Sequence[_Part], folios: int) -> None:
+    def __init__(self, parts: Sequence[_Part]) -> None:
         self._parts = parts
-        self._folios = folios
 
     def __len__(self) -> int:
-        return self._folios
+        return sum(part.folios for part in self._parts)
 
     def __iter__(self) -> Iterator[Folio]:
         """Folios by order, then by frame."""
@@ -90,15 +92,16 @@ def read_map(
     for chunk in chunks(storage, address, pages, max_order):
         fields = np.frombuffer(chunk.page, "<u8", 2 * chunk.num_elms, HEADER.size)
         starts, addresses = fields[0::2].copy(), fields[1::2].copy()
-        places = tuple(addresses.tolist())
-        _check_elements(chunk, starts, addresses, last if order == chunk.order else -1, ground, storage.overlapping(places))
+        pieces, overlapping = storage.claim(tuple(addresses.tolist()))
+        _check_elements(chunk, starts, addresses, last if order == chunk.order else -1, ground, overlapping)
         order, last = chunk.order, int(starts[-1])
         blocks = (starts >> np.uint64(min(block_shift(order), 63))).astype(np.int64)
-        parts.append(_Part(chunk, addresses, blocks, storage.bitmaps(chunk.address, places)))
+        parts.append(_part(chunk, addresses, blocks, storage.bitmaps(chunk.address, pieces), ground))
     storage.check_digest(sha256)
-    folios = sum(_check_bits(part, ground) for part in parts)
+    for part in parts:
+        _check_bits(part, ground)
     _check_overlaps(parts)
-    return FolioArrays(parts, folios)
+    return FolioArrays(parts)
 
 
 def _check_elements(
@@ -157,14 +160,22 @@ def _within(pages: Words, intervals: Sequence[Interval]) -> Flags:
     return (np.searchsorted(bounds, pages, "right") & 1).astype(np.bool_)
 
 
-def _check_bits(part: _Part, ground: Ground) -> int:
-    """Check the bits of one chunk; how many folios it lists."""
-    chunk, order = part.chunk, part.chunk.order
-    rows = part.rows()
+def _part(chunk: Chunk, addresses: Words, blocks: Ints, pieces: list[bytes], ground: Ground) -> _Part:
+    """Look at the bits while they are at hand. Nothing is said of them before the digest has been."""
+    rows = np.frombuffer(b"".join(pieces), WORD).reshape(-1, WORDS)
+    counts = np.bitwise_count(rows).sum(axis=1, dtype=np.int64)
+    inside = _all_allowed(blocks, ground.folios(chunk.order)) & (blocks < TOP >> block_shift(chunk.order))
+    return _Part(chunk, addresses, blocks, pieces, np.flatnonzero((counts == 0) | ~inside), int(counts.sum()))
+
+
+def _check_bits(part: _Part, ground: Ground) -> None:
     # Blocks at the edge of anything are few, and looked at one by one: at the top, or on a border of the allowed ground.
+    chunk, order = part.chunk, part.chunk.order
     shift = block_shift(order)
-    doubtful = ~rows.any(axis=1) | ~_all_allowed(part.blocks, ground.folios(order)) | (part.blocks >= TOP >> shift)
-    for at in np.flatnonzero(doubtful).tolist():
+    if not len(part.doubtful):
+        return
+    rows = part.rows()
+    for at in part.doubtful.tolist():
         block = int(part.blocks[at])
         bits = int.from_bytes(rows[at].tobytes(), "little")
         if not bits:
@@ -176,7 +187,6 @@ def _check_bits(part: _Part, ground: Ground) -> int:
         refused = bits & ground.refused(order, block)
         if refused:
             raise off_ground(ground, chunk.address, at, order, block, refused)
-    return int(np.bitwise_count(rows).sum(dtype=np.int64))
 
 
 def _all_allowed(blocks: Ints, runs: Sequence[Interval]) -> Flags:

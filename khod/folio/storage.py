@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from operator import sub
 from typing import NamedTuple
 
 from khod.folio.errors import (
@@ -27,10 +28,13 @@ from khod.folio.errors import (
     Unreadable,
 )
 from khod.folio.ground import Ground
-from khod.folio.layout import BITMAP_BYTES, CHUNK_ELEMENTS, HEADER
+from khod.folio.layout import BITMAP_BYTES, BITMAPS_PER_PAGE, CHUNK_ELEMENTS, HEADER
 from khod.folio.units import PAGE_SHIFT, PAGE_SIZE, PhysicalMemory
 
 _OFFSET = PAGE_SIZE - 1
+_UNIT_SHIFT = BITMAP_BYTES.bit_length() - 1
+_STEPS = [[BITMAP_BYTES] * n for n in range(BITMAPS_PER_PAGE)]
+_WHOLE_PAGE = (1 << BITMAPS_PER_PAGE) - 1
 
 
 class Chunk(NamedTuple):
@@ -42,6 +46,17 @@ class Chunk(NamedTuple):
     page: bytes
 
 
+class Piece(NamedTuple):
+    """Bitmaps of one chunk that follow each other in one page."""
+
+    page: int
+    """Physical address."""
+    offset: int
+    bitmaps: int
+    element: int
+    """Which element of the chunk names the first."""
+
+
 class Storage:
     """The pages of one map: reads, counts and claims them."""
 
@@ -51,7 +66,7 @@ class Storage:
         self._budget = pages
         self._pages: dict[int, bytes] = {}
         self._chunks: set[int] = set()
-        self._claimed: set[int] = set()  # every address at which 512 bytes are in use
+        self._claimed: dict[int, int] = {}  # for each page a bit for each 512 bytes that are in use
         self._digest = hashlib.sha256()
 
     def chunk(self, address: int, named_by: int) -> bytes:
@@ -65,45 +80,53 @@ class Storage:
             raise ChunkInScratch(named_by, None, address)
         if address in self._chunks:
             raise ChunkCycle(named_by, None, address)
-        units = range(address, address + PAGE_SIZE, BITMAP_BYTES)
-        if not self._claimed.isdisjoint(units):
+        if address in self._claimed:
             raise StorageOverlap(named_by, None, address)
         self._chunks.add(address)
-        self._claimed.update(units)
+        self._claimed[address] = _WHOLE_PAGE
         page = self._page(address, named_by, None)
         self._digest.update(page)
         return page
 
-    def overlapping(self, bitmaps: Sequence[int]) -> int | None:
-        """Which of `bitmaps` is the first to overlap a chunk, an earlier bitmap or an earlier of these. They are addresses;
-        one that is not aligned overlaps nothing here, being wrong already."""
-        if self._claimed.isdisjoint(bitmaps) and len(set(bitmaps)) == len(bitmaps):
-            return None
-        seen = set(self._claimed)
-        for i, address in enumerate(bitmaps):
-            if address in seen:
-                return i
-            seen.add(address)
-        return None
+    def claim(self, addresses: tuple[int, ...]) -> tuple[list[Piece], int | None]:
+        """Claim the memory of one chunk's bitmaps. Their addresses in pieces, of one bitmap or several that follow each
+        other in one page; and which is the first to overlap anything claimed before, None if none does.
 
-    def bitmaps(self, chunk: int, addresses: tuple[int, ...]) -> list[bytes]:
-        """The bitmaps of one chunk, in pieces of one or several; their addresses have been accepted."""
-        self._claimed.update(addresses)
-        pieces = []
+        An address that is not aligned, or has no memory, is claimed like any other: it is for the caller to reject it, and
+        to read nothing if anything is wrong.
+        """
+        pieces: list[Piece] = []
+        steps = list(map(sub, addresses[1:], addresses))
         at = 0
         while at < len(addresses):
             address = addresses[at]
             offset = address & _OFFSET
-            page = self._pages.get(address - offset) or self._page(address - offset, chunk, at)
-            # Mostly a page is filled from here to its end: one piece then, and no copy if it is the whole page.
-            run = addresses[at : at + (PAGE_SIZE - offset) // BITMAP_BYTES]
-            rest = range(address, address + len(run) * BITMAP_BYTES, BITMAP_BYTES)
-            taken = len(run) if run == tuple(rest) else 1
-            piece = page[offset : offset + taken * BITMAP_BYTES]
-            self._digest.update(piece)
-            pieces.append(piece)
-            at += taken
-        return pieces
+            page = address - offset
+            # Mostly a page is filled from here to its end: one piece then.
+            count = min(BITMAPS_PER_PAGE - (offset >> _UNIT_SHIFT), len(addresses) - at)
+            if steps[at : at + count - 1] != _STEPS[count - 1]:
+                count = 1
+            units = (1 << count) - 1 << (offset >> _UNIT_SHIFT)
+            claimed = self._claimed.get(page, 0)
+            both = claimed & units
+            if both:
+                return pieces, at + (both & -both).bit_length() - 1 - (offset >> _UNIT_SHIFT)
+            self._claimed[page] = claimed | units
+            pieces.append(Piece(page, offset, count, at))
+            at += count
+        return pieces, None
+
+    def bitmaps(self, chunk: int, pieces: Sequence[Piece]) -> list[bytes]:
+        """The bitmaps of the chunk whose `pieces` these are, all of which have been accepted."""
+        pages, update = self._pages, self._digest.update
+        out = []
+        for page, offset, count, element in pieces:
+            content = pages.get(page) or self._page(page, chunk, element)
+            if count != BITMAPS_PER_PAGE:
+                content = content[offset : offset + (count << _UNIT_SHIFT)]
+            update(content)
+            out.append(content)
+        return out
 
     def check_digest(self, announced: bytes) -> None:
         """Compare what was read, in the order in which it was read, with what was announced. Raises DigestMismatch."""

@@ -104,9 +104,10 @@ def validate(
     before = (-1, -1)
     for chunk in chunks(storage, address, pages, max_order):
         starts, addresses = _elements(chunk)
-        _check_elements(chunk, starts, addresses, before, ground, storage)
+        pieces, overlapping = storage.claim(addresses)
+        _check_elements(chunk, starts, addresses, before, ground, overlapping)
         before = (chunk.order, starts[-1])
-        joined = b"".join(storage.bitmaps(chunk.address, addresses))
+        joined = b"".join(storage.bitmaps(chunk.address, pieces))
         shift = block_shift(chunk.order)
         for i, start in enumerate(starts):
             bits = int.from_bytes(joined[i * BITMAP_BYTES : (i + 1) * BITMAP_BYTES], "little")
@@ -126,9 +127,8 @@ def _check_elements(
     addresses: Sequence[int],
     before: tuple[int, int],
     ground: Ground,
-    storage: Storage,
+    overlapping: int | None,
 ) -> None:
-    overlapping = storage.overlapping(addresses)
     last = before[1] if before[0] == chunk.order else -1
     unit = (1 << block_shift(chunk.order)) - 1
     good_page = -1
