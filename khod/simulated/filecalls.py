@@ -124,7 +124,7 @@ class FileCalls:
         shift = inode.order + PAGE_SHIFT
         end = min(offset + WINDOW, inode.stat().size)
         pfns = inode.pfns[offset >> shift : ((end - 1) >> shift) + 1]
-        if end <= offset or not pfns.all():
+        if end <= offset or len(pfns) << shift < end - offset or not pfns.all():
             raise OSError(errno.ENODATA, f"a hole in the window at {offset:#x}")
         return pfns.astype("<u8").tobytes(), bytes([inode.order]) * len(pfns)
 

@@ -33,7 +33,7 @@ _NOTHING: Pfns = np.empty(0, dtype=np.int64)
 
 
 class Shmem(Inode):
-    """A memfd. `pfns` has the first frame of each folio in file order, 0 for a hole."""
+    """A memfd. `pfns` has the first frame of each folio in file order, 0 for a hole; behind its end are holes only."""
 
     def __init__(self, pages: Pages, size: int = 0, *, order: int = 0, executable: bool = True) -> None:
         super().__init__("memfd")
@@ -67,7 +67,8 @@ class Shmem(Inode):
         if self.backing >= 0:
             return os.pread(self.backing, length, offset)
         length = max(0, min(length, self.size - offset))
-        return self.pages.read(self.pfns, self.order, offset, length)
+        present = max(0, min(length, (len(self.pfns) << (self.order + PAGE_SHIFT)) - offset))
+        return self.pages.read(self.pfns, self.order, offset, present) + bytes(length - present)
 
     def write(self, offset: int, contents: bytes | memoryview) -> None:
         """pwrite(2) of everything. EPERM where a seal or preservation forbids it, as shmem_write_begin does."""
@@ -108,9 +109,7 @@ class Shmem(Inode):
             return
         end = min(offset + length, self.size)
         shift = self.order + PAGE_SHIFT
-        first, last = -(-offset >> shift), end >> shift
-        if end == self.size:
-            last = len(self.pfns)
+        first, last = -(-offset >> shift), self._slots() if end == self.size else end >> shift
         if first < last:
             self._zero(offset, min(end, first << shift))
             self.pages.give_back(self.pfns[first:last], self.order)
@@ -130,7 +129,8 @@ class Shmem(Inode):
     def _zero(self, start: int, end: int) -> None:
         """Clear a range inside folios that stay."""
         shift = self.order + PAGE_SHIFT
-        for slot in range(start >> shift, (end + (1 << shift) - 1) >> shift) if start < end else ():
+        last = min(-(-end >> shift), len(self.pfns))
+        for slot in range(start >> shift, last) if start < end else ():
             if head := int(self.pfns[slot]):
                 low, high = max(start, slot << shift), min(end, (slot + 1) << shift)
                 self.pages.ram.zero((head << PAGE_SHIFT) + low - (slot << shift), high - low)
@@ -141,19 +141,26 @@ class Shmem(Inode):
         if slots < len(self.pfns):
             self.pages.give_back(self.pfns[slots:], self.order)
             self.pfns = self.pfns[:slots].copy()
-        elif slots > len(self.pfns):
-            self.pfns = np.concatenate((self.pfns, np.zeros(slots - len(self.pfns), dtype=np.int64)))
         self.size = size
+
+    def _reach(self, slots: int) -> None:
+        """Lengthen the list of folios: only as far as something has to be put there."""
+        if slots > len(self.pfns):
+            self.pfns = np.concatenate((self.pfns, np.zeros(slots - len(self.pfns), dtype=np.int64)))
+
+    def _slots(self) -> int:
+        return -(-self.size >> (self.order + PAGE_SHIFT))
 
     def _populate(self, first: int, last: int) -> None:
         """Give each hole among these slots a folio. Raises OSError(ENOMEM)."""
+        self._reach(last)
         holes = np.flatnonzero(self.pfns[first:last] == 0) + first
         if len(holes):
             self.pfns[holes] = self.pages.take(self.order, len(holes), movable=True, scatter=self.scatter)
 
     def populate(self) -> None:
         """fallocate(2) of the whole file."""
-        self._populate(0, len(self.pfns))
+        self._populate(0, self._slots())
 
     def pin(self) -> None:
         """memfd_pin_folios with FOLL_LONGTERM: fill every hole, and move what lies in scratch out of it.
@@ -162,11 +169,13 @@ class Shmem(Inode):
         """
         if self.backing >= 0:
             self._resize(os.fstat(self.backing).st_size)
-        holes = np.flatnonzero(self.pfns == 0)
-        if room := min(len(holes), self.pages.buddy.free >> self.order):
-            self.pfns[holes[:room]] = self.pages.take(self.order, room, scatter=self.scatter)
-        if room < len(holes):
-            raise OSError(errno.ENOMEM, f"{len(holes) - room} folios of order {self.order} are missing")
+        missing = self._slots() - int(np.count_nonzero(self.pfns))
+        room = min(missing, self.pages.buddy.free >> self.order)
+        self._reach(min(self._slots(), len(self.pfns) + room))
+        if room:
+            self.pfns[np.flatnonzero(self.pfns == 0)[:room]] = self.pages.take(self.order, room, scatter=self.scatter)
+        if room < missing:
+            raise OSError(errno.ENOMEM, f"{missing - room} folios of order {self.order} are missing")
         inside = np.flatnonzero(self.pages.buddy.in_scratch(self.pfns))
         if len(inside):
             moved, old = self.pages.take(self.order, len(inside)), self.pfns[inside]

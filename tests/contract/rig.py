@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a contract test needs besides the ports: the other side of them, on either machine.
+
+A rig makes the files that workloads bring, in the process that the ports belong to, and does to them what workloads do.
+Descriptors are the machine's. What it raises is OSError, as a workload would see it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from khod.core.ports import Machine
+from khod.simulated import Process, image
+
+PAGE = 4096
+
+
+class Rig(Protocol):
+    """The other side of the ports of `machine`."""
+
+    machine: Machine
+
+    def memfd(self, size: int, contents: Mapping[int, bytes] | None = None, *, noexec: bool = False) -> int:
+        """A memfd (MFD_EXEC, or MFD_NOEXEC_SEAL) of holes, but for `contents`, bytes by offset."""
+        ...
+
+    def unsupported(self) -> dict[str, int]:
+        """Descriptors of files that the kernel does not preserve, by what they are."""
+        ...
+
+    def path_only(self, fd: int) -> int:
+        """The same file opened with O_PATH."""
+        ...
+
+    def read_only(self, fd: int) -> int:
+        """The same file opened anew with O_RDONLY."""
+        ...
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        """Make a hole."""
+        ...
+
+    def seek(self, fd: int, position: int | None = None) -> int:
+        """Set the position of the open file, or ask for it."""
+        ...
+
+    @contextmanager
+    def device_held(self) -> Iterator[None]:
+        """Somebody else keeps /dev/liveupdate open."""
+        ...
+
+    @contextmanager
+    def client(self, contents: bytes) -> Iterator[tuple[int, int]]:
+        """Another process with a memfd: its pid, and the number of the descriptor there. At the end it exits."""
+        ...
+
+    def kernel_image(self) -> str:
+        """Path of a kernel that can be loaded."""
+        ...
+
+
+class SimulatedRig:
+    """On a simulated machine, whichever way its kernel is reached."""
+
+    def __init__(self, machine: Machine, process: Process, other: Process, images: Path) -> None:
+        self.machine = machine
+        self._process = process
+        self._other = other
+        self._images = images
+
+    def memfd(self, size: int, contents: Mapping[int, bytes] | None = None, *, noexec: bool = False) -> int:
+        fd = self._process.memfd(size, noexec=noexec)
+        for offset, data in (contents or {}).items():
+            self._process.write(fd, offset, data)
+        return fd
+
+    def unsupported(self) -> dict[str, int]:
+        return {kind: self._process.special(kind, PAGE) for kind in ("hugetlb", "other")}
+
+    def path_only(self, fd: int) -> int:
+        return self._process.reopen(fd, "path")
+
+    def read_only(self, fd: int) -> int:
+        return self._process.reopen(fd, "r")
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        self._process.punch(fd, offset, length)
+
+    def seek(self, fd: int, position: int | None = None) -> int:
+        return self._process.seek(fd, position)
+
+    @contextmanager
+    def device_held(self) -> Iterator[None]:
+        fd = self._other.open_device()
+        yield
+        self._other.close(fd)
+
+    @contextmanager
+    def client(self, contents: bytes) -> Iterator[tuple[int, int]]:
+        fd = self._other.memfd(len(contents))
+        self._other.write(fd, 0, contents)
+        yield self._other.pid, fd
+        self._other.exit()
+
+    def kernel_image(self) -> str:
+        path = self._images / "bzImage"
+        path.write_bytes(image.build())
+        return str(path)
+
+
+_CLIENT = """
+import os, sys
+fd = os.memfd_create("client", 0x10)
+os.write(fd, sys.stdin.buffer.read(int(sys.argv[1])))
+print(fd, flush=True)
+sys.stdin.read()
+"""
+
+
+class KernelRig:
+    """On the running Linux, as root, with ``kho=on liveupdate=on``. `bzimage` is what may be loaded."""
+
+    def __init__(self, machine: Machine, bzimage: str) -> None:
+        self.machine = machine
+        self._bzimage = bzimage
+
+    def memfd(self, size: int, contents: Mapping[int, bytes] | None = None, *, noexec: bool = False) -> int:
+        mfd_noexec_seal, mfd_exec = 0x8, 0x10
+        flags = mfd_noexec_seal if noexec else mfd_exec | os.MFD_ALLOW_SEALING
+        fd = os.memfd_create("contract", os.MFD_CLOEXEC | flags)
+        os.ftruncate(fd, size)
+        for offset, data in (contents or {}).items():
+            os.pwrite(fd, data, offset)
+        return fd
+
+    def unsupported(self) -> dict[str, int]:
+        made = {"pipe": os.pipe()[0], "eventfd": os.eventfd(0), "directory": os.open("/", os.O_RDONLY)}
+        made["linked file"] = os.open("/proc/self/exe", os.O_RDONLY)
+        made["hugetlb"] = os.memfd_create("huge", os.MFD_HUGETLB)
+        return made
+
+    def path_only(self, fd: int) -> int:
+        return os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
+
+    def read_only(self, fd: int) -> int:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        fallocate = ctypes.CDLL(None, use_errno=True)["fallocate64"]
+        fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        if fallocate(fd, 3, offset, length):
+            raise OSError(ctypes.get_errno(), "fallocate")
+
+    def seek(self, fd: int, position: int | None = None) -> int:
+        return os.lseek(fd, 0, os.SEEK_CUR) if position is None else os.lseek(fd, position, os.SEEK_SET)
+
+    @contextmanager
+    def device_held(self) -> Iterator[None]:
+        fd = os.open("/dev/liveupdate", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            yield
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def client(self, contents: bytes) -> Iterator[tuple[int, int]]:
+        argv = [sys.executable, "-c", _CLIENT, str(len(contents))]
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            assert child.stdin is not None and child.stdout is not None
+            child.stdin.write(contents)
+            child.stdin.flush()
+            yield child.pid, int(child.stdout.readline())
+            child.stdin.close()
+
+    def kernel_image(self) -> str:
+        return self._bzimage
+
+
+def seals_of(fd: int) -> int:
+    """F_GET_SEALS of a descriptor of the host."""
+    return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
