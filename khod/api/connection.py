@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 from asyncvarlink import (
@@ -47,6 +47,8 @@ MAX_WAITING = 32
 FAREWELL = 0.5
 """Seconds that a peer has to take the last answer when khod ends."""
 
+_ENDED = Lost("khod ended before it had answered", hint="its log says why")
+
 
 def boundaries(peeked: bytes) -> list[int]:
     """Lengths of the reads to make of what was peeked at: none covers bytes of two messages, or bytes not seen yet.
@@ -57,19 +59,37 @@ def boundaries(peeked: bytes) -> list[int]:
     return found or ([len(peeked)] if peeked else [])
 
 
-class Connection(VarlinkServerProtocol):
-    """The protocol of one connection.
+class Calls:
+    """The calls under way, of all connections: they outlive those."""
 
-    `refusal` is the answer to every call of a peer who may not talk to khod. `calls` is where those under way are kept:
-    they outlive the connection.
-    """
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.ended = False
+
+    def start(self, answer: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Start one. Not after `aclose`: look at `ended`."""
+        task = asyncio.create_task(answer)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def aclose(self) -> None:
+        """Take no more, cancel those there are, and wait for them."""
+        self.ended = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class Connection(VarlinkServerProtocol):
+    """The protocol of one connection. `refusal` is the answer to every call of a peer who may not talk to khod."""
 
     def __init__(
         self,
         registry: VarlinkInterfaceRegistry,
         sock: socket.socket,
         refusal: KhodError | None,
-        calls: set[asyncio.Task[None]],
+        calls: Calls,
     ) -> None:
         super().__init__()
         self._registry = registry
@@ -79,6 +99,8 @@ class Connection(VarlinkServerProtocol):
         self._part_fds: FileDescriptorArray | None = None
         self._waiting = 0
         self._dropped = False
+        self._said_all = False
+        self._lost = False
         self._calls = calls
 
     # --- what comes in
@@ -118,9 +140,12 @@ class Connection(VarlinkServerProtocol):
                 fds.release(self)
 
     def request_received(self, obj: JSONObject, fds: FileDescriptorArray | None) -> asyncio.Future[None] | None:
-        """The next call's turn."""
+        """The next call's turn. Those of a peer that is gone are not begun: a claim would be handed out to nobody."""
         self._waiting -= 1
+        if self._lost:
+            return None
         pending: asyncio.Future[None] | None = super().request_received(obj, fds)
+        self._end_when_idle()
         return pending
 
     def _drop(self, why: str) -> None:
@@ -145,10 +170,17 @@ class Connection(VarlinkServerProtocol):
     def eof_received(self) -> None:
         """The peer has said all; what it asked for is still answered."""
         self._forget_part()
-        super().eof_received()
+        self._said_all = True
+        self._end_when_idle()
+
+    def _end_when_idle(self) -> None:
+        # The base class looks at the calls that were begun alone, and would hang up on those that wait.
+        if self._said_all and not self._waiting:
+            super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Calls under way go on: what they do is not the connection's."""
+        self._lost = True
         self._forget_part()
         super().connection_lost(exc)
 
@@ -158,14 +190,14 @@ class Connection(VarlinkServerProtocol):
         """Start answering a call. `fds` stay open until that is done, except those that the call has taken."""
         if self._refusal is not None:
             raise fault(self._refusal)
+        if self._calls.ended:
+            raise fault(_ENDED)
         method, signature = self._registry.lookup_method(call)
         try:
             parameters = signature.parameter_type.fromjson(call.parameters, {FileDescriptorVarlinkType: fds})
         except ConversionError as error:
             raise InvalidParameter(parameter=str(error.location[0]) if error.location else error.message)
-        task = asyncio.create_task(self._answer(call, method, signature, parameters))
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+        task = self._calls.start(self._answer(call, method, signature, parameters))
         # Not the task itself: asking a cancelled one for its exception raises, inside the base class.
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         task.add_done_callback(lambda _: answered.set_result(None))
@@ -190,8 +222,7 @@ class Connection(VarlinkServerProtocol):
             self._send_fault(call, fault(error))
         except asyncio.CancelledError:
             # khod ends, and says so while somebody listens.
-            ended = Lost("khod ended before it had answered", hint="its log says why")
-            if (sent := self._send_fault(call, fault(ended))) is not None:
+            if (sent := self._send_fault(call, fault(_ENDED))) is not None:
                 await asyncio.wait([sent], timeout=FAREWELL)
         except Exception as error:
             logger.exception("%s failed", call.method)

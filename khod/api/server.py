@@ -17,7 +17,7 @@ from asyncvarlink import VarlinkInterfaceRegistry, VarlinkTransport
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
 import khod
-from khod.api.connection import Connection, boundaries
+from khod.api.connection import Calls, Connection, boundaries
 from khod.api.descriptors import Bridge
 from khod.api.host import HostInterface
 from khod.core.service import Service
@@ -97,7 +97,7 @@ class Server:
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._connections: set[VarlinkTransport] = set()
-        self._calls: set[asyncio.Task[None]] = set()
+        self._calls = Calls()
         self._pause: asyncio.TimerHandle | None = None
         self._resume()
 
@@ -112,10 +112,7 @@ class Server:
             return
         self._suspend()
         self._sock.close()
-        calls = list(self._calls)
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
+        await self._calls.aclose()
         transports = list(self._connections)
         for transport in transports:
             transport.abort()

@@ -191,6 +191,18 @@ def test_an_answer_that_nobody_takes_leaves_nothing_open(khod: Served, client: C
     khod.until(lambda: khods_fds() == before)
 
 
+def test_calls_sent_by_a_peer_that_hung_up_decently_are_all_done(khod: Served, client: Client) -> None:
+    client.load("bzImage")
+    with peer(khod.path) as sock:
+        sock.sendall(b'{"method":"org.khod.Host.Load","parameters":{"kernel":"%d.bzImage"},"oneway":true}\0' % 1)
+        sock.sendall(STATUS * 5 + b'{"method":"org.khod.Host.Load","parameters":{"kernel":"last.bzImage"}}\0')
+        sock.shutdown(socket.SHUT_WR)
+        answers = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+    assert answers.count(b"\0") == 6
+    assert client.status().image is not None
+    assert khod.service.image is not None and khod.service.image.kernel == "last.bzImage"
+
+
 # --- connections
 
 
