@@ -9,7 +9,6 @@ PyYAML and msgspec are imported when there is a file to read: the restore path o
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -217,6 +216,8 @@ def _value(section: type, row: Field[Any], value: object, name: str, prefix: str
 
 def _unknown(name: str, prefix: str, key: str, section: type) -> InvalidRequest:
     """The error for a key that is none, with the nearest that is: in its section, or anywhere."""
+    import difflib  # not on the way to restored
+
     here = [row.name for row in fields(section)]
     everywhere = [setting.key for setting in settings()]
     near = difflib.get_close_matches(key, here, n=1, cutoff=0.5)
