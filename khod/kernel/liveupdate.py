@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -42,11 +43,15 @@ from khod.errors import (
     TooManyPreserved,
 )
 from khod.kernel import diagnosis
+from khod.kernel.memory import KernelMemory
 from khod.kernel.preserver import Preserver
 
 DEVICE = "/dev/liveupdate"
 BUSY_PATIENCE = 5.0
 """Seconds for which another opener is waited out. A well-behaved one holds the device for milliseconds."""
+
+FLOOR = 256 << 20
+"""Bytes (or a 32nd of memory, if that is less) that filling holes must leave, or the machine thrashes."""
 
 _Table: TypeAlias = Mapping[int, type[MachineError]]
 
@@ -97,6 +102,10 @@ class KernelLiveUpdate:
         self._lock = threading.Lock()  # our own threads would meet EBUSY of each other
         self._preserver = Preserver()
 
+    def close(self) -> None:
+        """End the helpers. Nobody needs to: they end with us. For tests, which count descriptors."""
+        self._preserver.close()
+
     def probe(self) -> None:
         """See the port."""
         with self._opened():
@@ -121,7 +130,7 @@ class KernelLiveUpdate:
         what = f"preserve descriptor {fd} in session {session} under token {token:#x}"
         with _said(what, _PRESERVE):
             _check_session(session)
-            os.fstat(fd)
+            _check_memory(what, os.fstat(fd))
             number = self._preserver.preserve(session, fd, token)
         if number:
             raise _error(number, what, _PRESERVE)
@@ -198,6 +207,16 @@ def _said(what: str, table: _Table, other: type[MachineError] = MachineError) ->
         yield
     except OSError as e:
         raise _error(e.errno or 0, what, table, other)
+
+
+def _check_memory(what: str, status: os.stat_result) -> None:
+    # The kernel fills holes until it must kill the helper, and what it has filled by then stays filled: the next to be
+    # killed would be us. So holes that cannot fit are refused here; the helper's death is for what races with us.
+    figures = KernelMemory().figures()
+    spare = figures.available - figures.cma_free - min(figures.total // 32, FLOOR)
+    holes = status.st_size - status.st_blocks * 512
+    if holes > spare and stat.S_ISREG(status.st_mode) and status.st_size < 1 << 44:  # from 16 TiB on it says EFBIG itself
+        raise OutOfMemory(f"{what}: it has {holes} bytes of holes to fill, and {max(spare, 0)} bytes of memory are to spare")
 
 
 def _check_session(fd: int) -> None:

@@ -31,7 +31,9 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
         from khod.kernel.machine import machine as running
 
         before = {path.name for path in Path("/proc/self/fd").iterdir()}
-        yield KernelRig(running(tmp_path), os.environ["KHOD_BZIMAGE"])
+        kernel_rig = KernelRig(running(tmp_path), os.environ["KHOD_BZIMAGE"])
+        yield kernel_rig
+        kernel_rig.machine.liveupdate.close()  # type: ignore[attr-defined]  # its helpers' sockets are not ours to close
         # A session that a failed test left open would make the next one fail for a reason that is not its own.
         for name in {path.name for path in Path("/proc/self/fd").iterdir()} - before:
             try:

@@ -9,9 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from khod.errors import BadDescriptor, DeviceForbidden, DeviceMissing, MachineError, NotASession, SessionNameInvalid
+from khod.errors import (
+    BadDescriptor,
+    DeviceForbidden,
+    DeviceMissing,
+    MachineError,
+    NotASession,
+    OutOfMemory,
+    SessionNameInvalid,
+)
 from khod.kernel import diagnosis
-from khod.kernel.liveupdate import KernelLiveUpdate
+from khod.kernel.liveupdate import KernelLiveUpdate, _check_memory
+from khod.kernel.memory import KernelMemory
 
 BOTH = "CONFIG_KEXEC_HANDOVER=y\nCONFIG_LIVEUPDATE=y\n"
 
@@ -115,3 +124,18 @@ def test_what_is_no_session_is_told_before_the_kernel_is_asked() -> None:
     for call in (lambda: liveupdate.finish(fd), lambda: liveupdate.finish(-1)):
         with pytest.raises(BadDescriptor):
             call()
+
+
+def test_holes_that_cannot_fit_are_refused_before_the_kernel_fills_memory_with_them() -> None:
+    available = KernelMemory().figures().available
+    fd = os.memfd_create("unit")
+    try:
+        for size, fits in [(0, True), (1 << 20, True), (available, False), (4 * available, False)]:
+            os.ftruncate(fd, size)
+            if fits:
+                _check_memory("preserve", os.fstat(fd))
+                continue
+            with pytest.raises(OutOfMemory, match=f"{size} bytes of holes"):
+                _check_memory("preserve", os.fstat(fd))
+    finally:
+        os.close(fd)
