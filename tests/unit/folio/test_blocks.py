@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from khod.folio.blocks import Blocks, OrderDifference
 from khod.folio.errors import FolioUnaligned
+from khod.folio.ground import Ground
 from khod.folio.units import Folio, Range
 from khod.folio.walk import FolioMap
 from tests.unit.folio.maps import sorted_as_map, window
@@ -73,10 +74,9 @@ def test_the_restore_path_imports_no_numpy() -> None:
 
 
 def test_ranges_that_are_not_whole_pages_are_cut_to_what_is_surely_there() -> None:
-    from khod.folio.ground import Ground
-
     ground = Ground([Range(100, 0x9FC00), Range(0x9FC00, 0xA0000), Range(0x100000, 0x200001)], [Range(0x180FFF, 0x181001)])
     assert ground.ram == [(1, 0xA0), (0x100, 0x200)]
     assert ground.scratch == [(0x180, 0x182)]
     assert ground.allowed == [(1, 0xA0), (0x100, 0x180), (0x182, 0x200)]
     assert ground.folios(4) == [(1, 10), (0x10, 0x18), (0x19, 0x20)]
+    assert Ground([Range(0, 8 << 12)], [Range(0, 1 << 12), Range(7 << 12, 9 << 12)]).allowed == [(1, 7)]

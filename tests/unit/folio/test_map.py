@@ -263,6 +263,11 @@ def test_rejections(raw: RawMap, rejection: type[MapError], words: str) -> None:
     assert type(caught.value) is rejection
 
 
+def test_a_bitmap_at_address_0_is_none_even_where_that_is_ram() -> None:
+    with pytest.raises(e.BitmapNull):
+        read_both(*elements((BLOCK0, BITS), (BLOCK0 + (1 << 24), 0)).build(), ram=[Range(0, 68 * GIB)])
+
+
 @pytest.mark.parametrize("up", range(1, 16))
 def test_orders_do_not_overlap(up: int) -> None:
     """Order 3 and every order above it: the last folio inside is rejected, the first one behind is not."""

@@ -238,6 +238,12 @@ def test_the_highest_orders_do_not_wrap(order: int) -> None:
         assert not len(t)
 
 
+def test_a_repeated_folio_is_named_however_far_apart_the_others_are() -> None:
+    pfns = [BASE + (i * 7919 << 10) for i in range(2000)]
+    with pytest.raises(e.AlreadyTracked, match=f"{pfns[1500]:#x} order 0.*named twice"):
+        Tracker(ram=[Range(0, 1 << 50)]).preserve_array(array("Q", [*pfns, pfns[1500]]), 0)
+
+
 def test_frames_must_be_eight_bytes() -> None:
     with pytest.raises(TypeError, match="4 bytes"):
         tracker().preserve_array(np.arange(4, dtype=np.uint32), 0)  # type: ignore[arg-type]
