@@ -190,6 +190,11 @@ class Bitmaps:
         room = len(self)
         self._resize(room + len(fresh))
         self._rows[room:] = batch.rows(new)
+        if fresh[0] > self.blocks[room - 1]:
+            # The way of a sweep through memory, whose every step must cost the same however far it has come.
+            self.blocks = _extended(self.blocks, fresh)
+            self._slots = _extended(self._slots, np.arange(room, room + len(fresh)))
+            return
         where = np.searchsorted(self.blocks, fresh)
         self.blocks = np.insert(self.blocks, where, fresh)
         self._slots = np.insert(self._slots, where, np.arange(room, room + len(fresh)))
@@ -214,6 +219,16 @@ class Bitmaps:
         for start in range(0, len(self), _EXPAND):
             part = slice(start, start + _EXPAND)
             yield frames_of(self.blocks[part], self.rows(part))
+
+
+def _extended(array: Ints, tail: Ints) -> Ints:
+    """`array`, grown in place if it can be, with `tail` behind it."""
+    if not array.flags.owndata:
+        return np.concatenate((array, tail))
+    length = len(array)
+    array.resize(length + len(tail), refcheck=False)
+    array[length:] = tail
+    return array
 
 
 def _lowest_bit(blocks: Ints, rows: Words) -> int | None:
@@ -275,6 +290,7 @@ def _add(words: Words, frames: Ints, base: int) -> None:
 
 def _set_ascending(words: Words, frames: Ints, base: int) -> None:
     """The same for frames that ascend, faster where they are dense: a byte for each, then eight bytes become one."""
+    index = np.empty(_STEP, np.int64)
     for start in range(0, len(frames), _STEP):
         part = frames[start : start + _STEP]
         low, high = int(part[0]) & ~63, int(part[-1]) | 63
@@ -286,7 +302,7 @@ def _set_ascending(words: Words, frames: Ints, base: int) -> None:
         if part[-1] - part[0] == len(part) - 1:
             marks[int(part[0]) - low : int(part[-1]) - low + 1] = 1
         else:
-            marks[part - low] = _MARK[: len(part)]
+            marks[np.subtract(part, low, out=index[: len(part)])] = _MARK[: len(part)]
         packed = np.packbits(marks, bitorder="little").view(WORD)
         words[low - base >> 6 : high + 1 - base >> 6] |= packed
 
