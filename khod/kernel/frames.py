@@ -67,8 +67,12 @@ class KernelFrames:
 
 
 def _size(fd: int) -> int:
+    """Of a file without holes. Looking a hole up would fill it: with memory that nobody has reckoned with."""
     with _said(f"look at descriptor {fd}"):
-        return os.fstat(fd).st_size
+        status = os.fstat(fd)
+    if status.st_blocks * 512 < -(-status.st_size // PAGE_SIZE) * PAGE_SIZE:
+        raise MachineError(f"descriptor {fd} has holes", hint="only a preserved file has a frame for each page")
+    return status.st_size
 
 
 def _window(fd: int, offset: int, length: int) -> FolioWindow:

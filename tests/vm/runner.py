@@ -290,7 +290,7 @@ def _messages(channel: socket.socket, deadline: _Deadline) -> Iterator[dict[str,
 if __name__ == "__main__":
     if reason := missing():
         raise SystemExit(reason)
-    outcome = run(Machine(Path(sys.argv[1])))
+    outcome = run(Machine(Path(sys.argv[1]), stage_deadline=150))
     for at, said in outcome.times:
         print(f"{at:7.2f} s  {said}")
     for record in outcome.records:

@@ -32,6 +32,13 @@ def test_each_refusal_of_the_kernel_has_its_exception(vm: Play) -> None:
     assert vm("refusals").require().facts("alive")
 
 
+def test_the_contract_holds_on_the_running_kernel(vm: Play) -> None:
+    facts = vm("contract", stage_deadline=150).require().facts("contract")
+    assert facts["status"] == 0, "\n\n".join(facts["problems"])
+    assert facts["outcomes"].keys() == {"passed"}  # none skipped, on the one machine where none may be
+    assert facts["outcomes"]["passed"] >= 30
+
+
 def test_the_state_disk_outlives_the_jump(vm: Play) -> None:
     result = vm("disk").require()
     assert result.facts("disk") == {"synced": "on the disk", "in_run": False, "stage": 1}

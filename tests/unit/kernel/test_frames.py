@@ -104,7 +104,7 @@ def memfd() -> Iterator[int]:
     if not Path("/proc/kpageflags").exists() or os.geteuid():
         pytest.skip("this host does not show frames")
     fd = os.memfd_create("unit")
-    os.ftruncate(fd, 3 << 20)
+    os.posix_fallocate(fd, 0, 3 << 20)
     yield fd
     os.close(fd)
 
@@ -143,6 +143,16 @@ def test_an_empty_file_has_no_windows_and_no_pages(memfd: int) -> None:
     assert list(KernelFrames().windows(memfd)) == []
     with pytest.raises(MachineError, match="outside"):
         KernelFrames().pages(memfd, [0])
+
+
+def test_holes_are_refused_and_not_filled(memfd: int) -> None:
+    os.ftruncate(memfd, 4 << 20)
+    before = os.fstat(memfd).st_blocks
+    with pytest.raises(MachineError, match="has holes"):
+        list(KernelFrames().windows(memfd))
+    with pytest.raises(MachineError, match="has holes"):
+        KernelFrames().pages(memfd, [0])
+    assert os.fstat(memfd).st_blocks == before
 
 
 def test_a_closed_descriptor(memfd: int) -> None:
