@@ -29,6 +29,10 @@ SOCKET = "kernel.sock"
 DISK = "disk"
 ENVIRONMENT = "KHOD_SIMULATED"
 """Set for what runs on the machine: the machine's directory."""
+JUMPED = 85
+"""Exit status of a kernel's process: start the next kernel."""
+PANICKED = 86
+"""Exit status of a kernel's process: the machine stands still."""
 
 DEFAULT_CMDLINE = "root=/dev/vda kho=on liveupdate=on"
 

@@ -13,8 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_JUMPED = 85
-_PANICKED = 86
+from khod.simulated.layout import JUMPED
 
 
 def run(directory: Path, command: Sequence[str]) -> int:
@@ -24,7 +23,7 @@ def run(directory: Path, command: Sequence[str]) -> int:
     """
     while True:
         status = boot(directory, command)
-        if status != _JUMPED:
+        if status != JUMPED:
             return status
 
 

@@ -19,14 +19,10 @@ from typing import Any
 from khod.simulated import wire
 from khod.simulated.faults import KernelPanic, OpenFailed, ProcessDied
 from khod.simulated.kernel import Kernel
-from khod.simulated.layout import ENVIRONMENT, SOCKET
+from khod.simulated.layout import ENVIRONMENT, JUMPED, PANICKED, SOCKET
 from khod.simulated.process import RealFd
 from khod.simulated.task import Task
 
-JUMPED = 85
-"""Exit status: start the next kernel."""
-PANICKED = 86
-"""Exit status: the machine stands still."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass, field
 
-from khod.simulated.inode import Inode, OpenFile
+from khod.simulated.inode import OpenFile
 
 MAX_DESCRIPTORS = 1 << 20
 
@@ -58,11 +58,3 @@ class Task:
         self.dead = True
         while self.fds:
             self.fds.popitem()[1].put()
-
-
-def inode_of(task: Task, fd: int, kind: type[Inode]) -> Inode:
-    """The inode behind `fd`. Raises OSError(EBADF), or OSError(EINVAL) when it is of another kind."""
-    inode = task.file(fd).inode
-    if not isinstance(inode, kind):
-        raise OSError(errno.EINVAL, f"descriptor {fd} is a {inode.kind}")
-    return inode
