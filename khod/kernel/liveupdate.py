@@ -53,6 +53,10 @@ BUSY_PATIENCE = 5.0
 FLOOR = 256 << 20
 """Bytes (or a 32nd of memory, if that is less) that filling holes must leave, or the machine thrashes."""
 
+LARGEST = 1 << 40
+"""From here on Linux 7.3 says ENOMEM, with a warning in its log, however much memory there is: the array of the file's
+folios (mm/memfd_luo.c) is larger than it allocates."""
+
 _Table: TypeAlias = Mapping[int, type[MachineError]]
 
 # Documentation: include/uapi/linux/liveupdate.h; each row was seen on Linux 7.3.
@@ -130,8 +134,11 @@ class KernelLiveUpdate:
         what = f"preserve descriptor {fd} in session {session} under token {token:#x}"
         with _said(what, _PRESERVE):
             _check_session(session)
-            _check_memory(what, os.fstat(fd))
+            status = os.fstat(fd)
+            _check_memory(what, status)
             number = self._preserver.preserve(session, fd, token)
+        if number == errno.ENOMEM and status.st_size >= LARGEST:
+            raise FileTooLarge(what)
         if number:
             raise _error(number, what, _PRESERVE)
 
@@ -215,8 +222,9 @@ def _check_memory(what: str, status: os.stat_result) -> None:
     figures = KernelMemory().figures()
     spare = figures.available - figures.cma_free - min(figures.total // 32, FLOOR)
     holes = status.st_size - status.st_blocks * 512
-    if holes > spare and stat.S_ISREG(status.st_mode) and status.st_size < 1 << 44:  # from 16 TiB on it says EFBIG itself
-        raise OutOfMemory(f"{what}: it has {holes} bytes of holes to fill, and {max(spare, 0)} bytes of memory are to spare")
+    if holes > spare and stat.S_ISREG(status.st_mode):
+        kind = FileTooLarge if status.st_size >= LARGEST else OutOfMemory
+        raise kind(f"{what}: it has {holes} bytes of holes to fill, and {max(spare, 0)} bytes of memory are to spare")
 
 
 def _check_session(fd: int) -> None:
