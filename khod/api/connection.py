@@ -249,6 +249,7 @@ class Connection(VarlinkServerProtocol):
             await asyncio.shield(sent)  # the transport owns the future, and breaks when somebody else cancels it
         except OSError:
             logger.debug("the peer did not wait for its answer")
+            self._lost = True
             return False
         return True
 

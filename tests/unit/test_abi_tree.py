@@ -102,6 +102,13 @@ def test_the_bound_is_never_exceeded(tree: HandoverTree) -> None:
     assert len(encode(tree)) <= encoded_size_bound(sizes)
 
 
+def test_the_bound_knows_of_padding() -> None:
+    properties = {f"p{n}": b"x" for n in range(250)}
+    nodes = tuple(InstanceNode(unit=n, name="n", compatible="c", properties=properties) for n in range(10))
+    tree = sample(3, instances=nodes)
+    assert len(encode(tree)) <= encoded_size_bound([dict.fromkeys(properties, 1)] * 10)
+
+
 def test_the_bound_is_not_wasteful() -> None:
     tree = sample(300)
     sizes = [{name: len(value) for name, value in node.properties.items()} for node in tree.instances]
@@ -368,10 +375,9 @@ def test_damage_under_a_digest_that_is_right_raises_our_error_alone(changes: lis
     assert decode(encode(tree)) == tree  # what is let through is a tree
 
 
-def structure(*words: int | bytes) -> bytes:
-    """A blob of this structure block, its strings being 'a' and 'b'."""
+def structure(*words: int | bytes, strings: bytes = b"a\0b\0") -> bytes:
+    """A blob of this structure block."""
     block = b"".join(word if isinstance(word, bytes) else struct.pack(">I", word) for word in words)
-    strings = b"a\0b\0"
     at = 40 + 16
     total = at + len(block) + len(strings)
     header = struct.pack(">10I", 0xD00DFEED, total, at, at + len(block), 40, 17, 16, 0, len(strings), len(block))
@@ -446,6 +452,17 @@ def test_the_limits_are_kept() -> None:
     assert len(fdt_door.unflatten(structure(ROOT, numbered(4095), END_NODE, END)).children) == 4095
     with pytest.raises(TreeError, match="more than 4096 nodes"):
         fdt_door.unflatten(structure(ROOT, numbered(4096), END_NODE, END))
+
+
+def test_no_node_has_too_many_properties() -> None:
+    strings = b"".join(b"p%03d\0" % n for n in range(257))
+
+    def node(count: int) -> bytes:
+        return structure(ROOT, *[word for n in range(count) for word in (PROP, 0, 5 * n)], END_NODE, END, strings=strings)
+
+    assert len(fdt_door.unflatten(node(256)).properties) == 256
+    with pytest.raises(TreeError, match="more than 256 properties"):
+        fdt_door.unflatten(node(257))
 
 
 @pytest.mark.parametrize(

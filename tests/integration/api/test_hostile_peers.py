@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import asyncio
 import os
 import resource
 import socket
@@ -16,12 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from asyncvarlink import FileDescriptor
 
+from khod.api import descriptors
 from khod.api import server as server_module
 from khod.api.client import Client, connect
-from khod.api.connection import MAX_MESSAGE, MAX_WAITING
+from khod.api.connection import MAX_MESSAGE, MAX_WAITING, boundaries
 from khod.api.server import MAX_CONNECTIONS
-from khod.errors import InvalidRequest, Lost
+from khod.errors import InvalidRequest, Lost, TooManyPreserved
+from tests.integration.api.fake_service import FakeFiles
 from tests.integration.api.served import Served, served
 
 STATUS = b'{"method":"org.khod.Host.GetStatus"}\0'
@@ -189,6 +193,43 @@ def test_an_answer_that_nobody_takes_leaves_nothing_open(khod: Served, client: C
             sock.sendall(claims)
     khod.until(lambda: khod.server.connections == 1)
     khod.until(lambda: khods_fds() == before)
+
+
+def test_no_call_of_a_peer_that_is_gone_is_begun(khod: Served, client: Client) -> None:
+    client.load("first.bzImage")
+    with peer(khod.path) as sock:
+        sock.sendall(
+            b'{"method":"org.khod.Host.Update","more":true,"parameters":{"hold_at":"frozen"}}\0'
+            b'{"method":"org.khod.Host.Load","parameters":{"kernel":"second.bzImage"}}\0'
+        )
+        khod.until(lambda: khod.service.waiting)
+    client.proceed()
+    khod.until(lambda: khod.server.connections == 1)
+    image = client.status().image
+    assert image is not None and image.kernel == "first.bzImage"
+
+
+def test_a_read_never_covers_two_messages_or_bytes_not_seen_yet() -> None:
+    assert boundaries(b"abc") == [3]
+    assert boundaries(b"a\0bc\0d") == [2, 3]
+    assert boundaries(b"") == []
+
+
+def test_descriptors_that_cannot_be_taken_are_closed() -> None:
+    class Full(FakeFiles):
+        def adopt(self, real: int) -> int:
+            if len(self.table) == 1:
+                os.close(real)
+                raise TooManyPreserved("the table is full")
+            return super().adopt(real)
+
+    files = Full()
+    before = khods_fds()
+    received = [(str(number), FileDescriptor(os.memfd_create("x"), should_close=True)) for number in range(4)]
+    with pytest.raises(TooManyPreserved):
+        asyncio.run(descriptors.adopt(files, received))
+    assert khods_fds() == before
+    assert files.table == {}
 
 
 def test_calls_sent_by_a_peer_that_hung_up_decently_are_all_done(khod: Served, client: Client) -> None:

@@ -323,6 +323,24 @@ def test_a_claim_becomes_the_command(khod: Served) -> None:
     assert process(khod, "claim", "vm1", "--", "sh", "-c", "exit 42").returncode == 42
 
 
+def test_descriptors_get_their_numbers_whatever_they_were() -> None:
+    code = """
+import os, sys
+from khod.cli.claim import execute
+from khod.core.views import ClaimView
+for content, number in ((b"one!", 11), (b"two!", 10)):
+    fd = os.memfd_create("x")
+    os.write(fd, content)
+    os.dup2(fd, number, inheritable=False)
+    os.close(fd)
+claim = ClaimView(answer="fds", reason="", names=["a:b", "c"], fds=[11, 10])
+execute(sys.executable, [sys.executable, "-c", sys.argv[1]], claim)
+"""
+    ran = subprocess.run([sys.executable, "-c", code, REPORT], capture_output=True, text=True, timeout=30, check=True)
+    said = json.loads(ran.stdout)
+    assert (said["read"], said["names"], said["open"]) == (["one!", "two!"], ["a-b", "c"], [0, 1, 2, 3, 4])
+
+
 def test_a_claim_of_what_did_not_come(khod: Served) -> None:
     ran = khoctl(khod, "claim", "vm1", "--json", "--", "true")
     assert (ran.status, ran.json["answer"]) == (9, "cold")
