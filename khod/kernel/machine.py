@@ -13,16 +13,19 @@ from khod.kernel.files import KernelFiles
 from khod.kernel.filesystems import KernelFileSystems
 from khod.kernel.frames import KernelFrames
 from khod.kernel.kexec import KernelKexec
-from khod.kernel.liveupdate import KernelLiveUpdate
+from khod.kernel.liveupdate import BUSY_PATIENCE, KernelLiveUpdate
 from khod.kernel.memory import KernelMemory
 from khod.kernel.processes import KernelProcesses
 from khod.kernel.store import FileStore
 
 
-def machine(state_directory: Path) -> Machine:
-    """The running machine, with its journal in `state_directory`, which is made when it is first written to."""
+def machine(state_directory: Path, *, device_timeout: float = BUSY_PATIENCE) -> Machine:
+    """The running machine, with its journal in `state_directory`, which is made when it is first written to.
+
+    A device that somebody else has open is tried again for `device_timeout` seconds.
+    """
     return Machine(
-        liveupdate=KernelLiveUpdate(),
+        liveupdate=KernelLiveUpdate(patience=device_timeout),
         files=KernelFiles(),
         frames=KernelFrames(),
         memory=KernelMemory(),
