@@ -112,7 +112,7 @@ def plan(view: PlanView) -> None:
             ("memory needed", size(view.memory.need) + (f" ({parts})" if parts else "")),
             ("memory there", size(view.memory.have)),
             ("holes filled", size(view.memory.holes_filled) + ", which stay filled" if view.memory.holes_filled else ""),
-            ("the jump ends", _kills(view)),
+            ("the jump ends", _kills(view) if view.kills_total else "no process but khod"),
         ]
     )
     for blocker in view.blockers:
