@@ -14,6 +14,7 @@ from khod import __version__
 from khod.cli import (
     abort,
     claim,
+    demo,
     finish,
     history,
     inspection,
@@ -41,6 +42,7 @@ COMMANDS: tuple[tuple[str, Callable[..., object]], ...] = (
     ("finish", finish.finish),
     ("history", history.history),
     ("inspect", inspection.inspect),
+    ("demo", demo.demo),
 )
 
 _SOCKET = Config().socket
