@@ -39,7 +39,10 @@ class PluginDriver:
         for required in ("khod_compatible", "khod_declare"):
             if required not in hooks:
                 raise PluginError(f"plugin {name!r} does not implement {required}", hint="see docs/plugins.md")
-        said: Any = hooks["khod_compatible"].function()
+        try:
+            said: Any = hooks["khod_compatible"].function()
+        except Exception as error:
+            raise PluginError(f"plugin {name!r}: khod_compatible raised {type(error).__name__}: {error}") from error
         compatible = (said,) if isinstance(said, str) else said
         if not (isinstance(compatible, Sequence) and compatible and all(isinstance(c, str) and c for c in compatible)):
             raise PluginError(f"plugin {name!r}: khod_compatible returned {said!r}, not strings")
