@@ -210,22 +210,6 @@ class FreezeInstances(Step):
         entry.state = InstanceState.FROZEN
 
 
-class Sync(Step):
-    """Write out what guests believe to be on disk; never best-effort (decision 15)."""
-
-    name, phase = "sync", State.FREEZING
-
-    def describe(self) -> str:
-        return "write out all file systems: the page cache does not survive, what guests believe on disk must be there"
-
-    @property
-    def limit(self) -> float:
-        return self.update.settings.sync
-
-    async def apply(self) -> None:
-        await blocking(self.update.machine.filesystems.sync)
-
-
 class WriteBookkeeping(Step):
     """Sample frames and bytes, write map and tree into their preserved memory."""
 
@@ -239,6 +223,25 @@ class WriteBookkeeping(Step):
     async def apply(self) -> None:
         await blocking(self.update.outgoing.take_samples)
         await blocking(self.update.outgoing.write)
+
+
+class Sync(Step):
+    """Write out what guests believe to be on disk; never best-effort (decision 15).
+
+    After a hold, which may have been long: what was written meanwhile counts too.
+    """
+
+    name, phase = "sync", State.EXECUTING
+
+    def describe(self) -> str:
+        return "write out all file systems: the page cache does not survive, what guests believe on disk must be there"
+
+    @property
+    def limit(self) -> float:
+        return self.update.settings.sync
+
+    async def apply(self) -> None:
+        await blocking(self.update.machine.filesystems.sync)
 
 
 class Commit(Step):
@@ -284,8 +287,8 @@ STEPS: tuple[type[Step], ...] = (
     LoadImage,
     Quiesce,
     FreezeInstances,
-    Sync,
     WriteBookkeeping,
+    Sync,
     Commit,
     Execute,
 )

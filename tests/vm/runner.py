@@ -135,15 +135,16 @@ def run(machine: Machine) -> Result:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Not in pytest's long directories: the path of a Unix socket has 107 bytes.
         result = Result(Path(tempfile.mkdtemp(prefix="khod-vm-")))
-        _prepare(machine, result.directory)
-        with _listening(result.directory / "verdict") as listener, _power(machine, result.directory) as qemu:
+        prepare(machine, result.directory)
+        with listening(result.directory / "verdict") as listener, _power(machine, result.directory) as qemu:
             _follow(machine, listener, qemu, result)
     if result.outcome is Outcome.PASSED:
         shutil.rmtree(result.directory)
     return result
 
 
-def _prepare(machine: Machine, directory: Path) -> None:
+def prepare(machine: Machine, directory: Path) -> None:
+    """What the guest will find: its job and its parameters in shared/, and a disk of its own."""
     shared = directory / "shared"
     shared.mkdir()
     parameters = {
@@ -178,13 +179,15 @@ def _cmdline(machine: Machine) -> str:
     return " ".join([*words, *machine.cmdline])
 
 
-def _arguments(machine: Machine, directory: Path) -> list[str]:
+def arguments(machine: Machine, directory: Path, *, serial: str = "") -> list[str]:
+    """The command that runs QEMU on what `prepare` made; `listening` must have made the socket `verdict` there before.
+    `serial` is where the console goes, the file serial.log by default."""
     return [
         "setpriv", "--pdeathsig", "KILL",
         QEMU, "-nodefaults", "-display", "none", "-no-reboot",
         "-machine", "q35", "-accel", "tcg", "-cpu", "max", "-smp", str(machine.cpus), "-m", machine.memory,
         "-kernel", str(lab_kernel.kernel_directory() / "bzImage"), "-append", _cmdline(machine),
-        "-serial", f"file:{directory}/serial.log",
+        "-serial", serial or f"file:{directory}/serial.log",
         "-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap",
         "-device", "virtio-9p-pci,fsdev=root,mount_tag=/dev/root",
         "-fsdev", f"local,id=shared,path={directory}/shared,security_model=none",
@@ -211,7 +214,8 @@ class _Deadline:
 
 
 @contextlib.contextmanager
-def _listening(path: Path) -> Iterator[socket.socket]:
+def listening(path: Path) -> Iterator[socket.socket]:
+    """A socket that waits for QEMU to connect the guest's port for verdicts to it."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(1)
@@ -223,7 +227,7 @@ def _power(machine: Machine, directory: Path) -> Iterator[subprocess.Popen[bytes
     """A running QEMU, which is gone afterwards together with all that it started."""
     with open(directory / "qemu.log", "wb") as log:
         qemu = subprocess.Popen(
-            _arguments(machine, directory),
+            arguments(machine, directory),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""khod and khoctl inside the lab's machine, run as a user runs them; and witnesses that share no code with khod."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+from mmap import MAP_SHARED, PROT_READ, mmap
+from pathlib import Path
+from typing import Any
+
+from khod.api.client import Client, connect
+from tests.vm.guest import Guest
+
+PAGE = 4096
+SOCKET = Path("/run/khod/khod.sock")
+CONFIG = Path("/run/khod.yaml")
+NOTIFY = Path("/run/notify")
+
+
+class Khod:
+    """The daemon, started with its state on the disk that outlives the jump; READY=1 is waited for as systemd does."""
+
+    def __init__(self, vm: Guest, *, plugins: str = "", **settings: Any) -> None:
+        lines = {"state_directory": f"{vm.state}/khod", "reserve": "16M", **settings}
+        CONFIG.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items()))
+        self.vm = vm
+        NOTIFY.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+            listener.bind(str(NOTIFY))
+            listener.settimeout(60)
+            environment = dict(os.environ, NOTIFY_SOCKET=str(NOTIFY))
+            environment["PYTHONPATH"] = f"{environment['PYTHONPATH']}:{plugins}" if plugins else environment["PYTHONPATH"]
+            self.log = open(vm.shared / f"khod-{vm.stage}.log", "ab")  # noqa: SIM115  # open as long as khod runs
+            argv = [sys.executable, "-S", "-m", "khod.daemon", "--config", str(CONFIG)]
+            self.process = subprocess.Popen(argv, stdout=self.log, stderr=self.log, env=environment)
+            while b"READY=1" not in listener.recv(4096):
+                pass
+
+    def stop(self) -> int:
+        """SIGTERM, and wait; its exit status."""
+        self.process.terminate()
+        return self.process.wait(30)
+
+    def client(self) -> Client:
+        """A connection to its API."""
+        return connect(SOCKET)
+
+    def ctl(self, *words: str, status: int = 0) -> str:
+        """Run khoctl as a process of its own, which must exit with `status`; what it printed.
+
+        Forked, not executed: its imports take seconds under emulation and are the same every time.
+        """
+        from khod.cli import main
+
+        inward, outward = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.dup2(outward, 1)
+            os.dup2(outward, 2)
+            sys.argv = ["khoctl", "--socket", str(SOCKET), *words]
+            code: object = 1
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code
+            finally:
+                sys.stdout.flush()
+                os._exit(code if isinstance(code, int) else 0)
+        os.close(outward)
+        with open(inward, "rb") as pipe:
+            said = pipe.read().decode()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == status, f"khoctl {words}: {code}\n{said}"
+        return said
+
+    def frames_of(self, name: str) -> list[int]:
+        """Frames behind khod's own memfds 'khod-map' and 'khod-tree' (or 'khod-state-X'), seen from outside of khod."""
+        directory = Path(f"/proc/{self.process.pid}/fd")
+        for link in directory.iterdir():
+            if name in str(link.readlink()):
+                fd = os.open(link, os.O_RDONLY)
+                try:
+                    return pagemap(fd)
+                finally:
+                    os.close(fd)
+        raise FileNotFoundError(f"khod has no {name}")
+
+    def unnamed(self) -> list[list[int]]:
+        """Frames of every memfd of khod's that came through a jump: the kernel gives them back without their names."""
+        found = []
+        seen = set()
+        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            if str(link.readlink()) == "/ (deleted)":
+                fd = os.open(link, os.O_RDONLY)
+                if (inode := os.fstat(fd).st_ino) not in seen:
+                    seen.add(inode)
+                    found.append(pagemap(fd))
+                os.close(fd)
+        return found
+
+
+def pagemap(fd: int) -> list[int]:
+    """Frame of every page of a file, by /proc/self/pagemap. An own mapping, populated by touching each page."""
+    size = os.fstat(fd).st_size
+    if size == 0:
+        return []
+    with mmap(fd, size, MAP_SHARED, PROT_READ) as memory:
+        madvise_populate(memory)
+        address = address_of(memory)
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            entries = array("Q")
+            pages = -(-size // PAGE)
+            entries.frombytes(os.pread(file.fileno(), 8 * pages, address // PAGE * 8))
+    frames = [entry & (1 << 55) - 1 for entry in entries]
+    assert len(frames) == pages
+    assert all(frames), "a page without a frame"
+    return frames
+
+
+def madvise_populate(memory: mmap) -> None:
+    """MADV_POPULATE_READ (linux/mman.h)."""
+    memory.madvise(22)
+
+
+def address_of(memory: mmap) -> int:
+    """Where a read-only mapping lies: the newest line of /proc/self/maps that maps this file would do, ctypes is surer."""
+    import ctypes
+
+    class Buffer(ctypes.Structure):
+        _fields_ = (
+            ("buf", ctypes.c_void_p),
+            ("obj", ctypes.py_object),
+            ("rest", ctypes.c_byte * 80),
+        )
+
+    view = Buffer()
+    api = ctypes.pythonapi
+    api.PyObject_GetBuffer(ctypes.py_object(memory), ctypes.byref(view), 0)
+    address = int(view.buf or 0)
+    api.PyBuffer_Release(ctypes.byref(view))
+    return address
+
+
+def page_flags() -> array[int]:
+    """/proc/kpageflags, whole: page after page is a system call each."""
+    words = array("Q")
+    with open("/proc/kpageflags", "rb", buffering=0) as file:
+        while part := file.read(1 << 22):
+            words.frombytes(part)
+    return words
+
+
+def orders(frames: Iterable[int], flags: array[int]) -> set[tuple[int, int]]:
+    """The folios that these frames belong to, as (first frame, order): head bit 15, tail bit 16 (linux/kernel-page-flags.h)."""
+    head, tail = 1 << 15, 1 << 16
+    compound = head | tail
+    found: set[tuple[int, int]] = set()
+    for pfn in frames:
+        if not flags[pfn] & compound:
+            found.add((pfn, 0))
+            continue
+        while not flags[pfn] & head:
+            pfn -= 1
+        end = pfn + 1
+        while flags[end] & tail:
+            end += 1
+        found.add((pfn, (end - pfn).bit_length() - 1))
+    return found
+
+
+class Kcore:
+    """Physical memory through /proc/kcore: the program headers that have a physical address say where it is."""
+
+    def __init__(self) -> None:
+        self._file = open("/proc/kcore", "rb", buffering=0)  # noqa: SIM115  # as long as the object
+        head = self._file.read(64)
+        offset, size, count = struct.unpack_from("<Q", head, 32)[0], *struct.unpack_from("<HH", head, 54)
+        self._segments = []
+        for index in range(count):
+            raw = os.pread(self._file.fileno(), size, offset + index * size)
+            kind, _, at, _, phys, length = struct.unpack_from("<IIQQQQ", raw)
+            if kind == 1 and phys != (1 << 64) - 1:
+                self._segments.append((phys, length, at))
+
+    def read(self, phys: int, length: int) -> bytes:
+        for start, size, at in self._segments:
+            if start <= phys and phys + length <= start + size:
+                return os.pread(self._file.fileno(), length, at + phys - start)
+        raise ValueError(f"{phys:#x} is not in RAM")
+
+
+def walk(memory: Kcore, address: int) -> Iterator[tuple[int, int]]:
+    """Every folio of a map, as (first frame, order), straight from the specification: chunk, elements, bits."""
+    while address:
+        page = memory.read(address, PAGE)
+        order, count, following = struct.unpack_from("<IIQ", page)
+        for element in range(count):
+            start, bitmap = struct.unpack_from("<QQ", page, 16 + 16 * element)
+            bits = int.from_bytes(memory.read(bitmap, 512), "little")
+            for index, digit in enumerate(reversed(f"{bits:b}")):
+                if digit == "1":
+                    yield (start >> 12) + (index << order), order
+        address = following
+
+
+CHUNK = 1 << 24
+
+
+def marked(size: int) -> bytearray:
+    """Bytes whose every page begins with its index: made by C, loops are dear under emulation."""
+    words = array("Q", bytes(size))
+    words[:: PAGE // 8] = array("Q", range(-(-size // PAGE)))
+    return bytearray(words.tobytes())
+
+
+def _chunks(size: int) -> Iterator[tuple[int, bytearray]]:
+    """What `fill` writes, and where: equal chunks but for their number at byte 8."""
+    chunk = marked(min(size, CHUNK))
+    for offset in range(0, size, CHUNK):
+        chunk[8:16] = offset.to_bytes(8, "little")
+        yield offset, chunk if size - offset >= len(chunk) else chunk[: size - offset]
+
+
+def fill(fd: int, size: int) -> None:
+    """Mark every page of a file."""
+    for offset, chunk in _chunks(size):
+        os.pwrite(fd, chunk, offset)
+
+
+def filled(fd: int, size: int) -> bool:
+    """Whether every byte of a file is as `fill` made it."""
+    return all(os.pread(fd, len(chunk), offset) == chunk for offset, chunk in _chunks(size))

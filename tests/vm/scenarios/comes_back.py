@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""reboot(KEXEC) that returns, before the kernel serializes anything or in the middle of it: khod undoes everything, the memory
+can be used, and a second update goes through."""
+
+from __future__ import annotations
+
+import os
+
+from khod.errors import KhodError, Lost
+from tests.vm.driving import Khod, fill, filled
+from tests.vm.guest import Guest
+
+SIZE = 4 << 20
+
+
+def before(vm: Guest) -> None:
+    khod = Khod(vm)
+    fds = []
+    with khod.client() as client:
+        for name in ("vm-1", "vm-2"):
+            fd = os.memfd_create(name, 0x2 | 0x10)
+            os.ftruncate(fd, SIZE)
+            fill(fd, SIZE)
+            client.register(name, "guestmemfd", [("ram", fd)])
+            fds.append(fd)
+        client.load(str(vm.kernel))
+        khod.ctl("update", "--hold-at", "frozen")
+        vm.ask("arm")
+        client.proceed()
+    with khod.client() as client:
+        # The update is on its way into the kernel and back: whoever asks to abort it hears where it ended.
+        try:
+            ended = client.abort()
+        except KhodError:
+            ended = client.status().state  # it was back before we asked
+        os.ftruncate(fds[0], 2 * SIZE)
+        os.ftruncate(fds[0], SIZE)
+        (update,) = client.history()
+        vm.record("came back", ended=ended, reason=update.reason, problems=list(update.problems),
+                  intact=all(filled(fd, SIZE) for fd in fds))  # fmt: skip
+        try:
+            for _ in client.update():
+                pass
+        except Lost:
+            pass
+
+
+def after(vm: Guest) -> None:
+    khod = Khod(vm)
+    with khod.client() as client:
+        intact = {name: filled(client.claim(name).fds[0], SIZE) for name in ("vm-1", "vm-2")}
+        vm.record("second", intact=intact, outcomes=[u.outcome for u in client.history()])

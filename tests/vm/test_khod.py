@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""khod, across real kexecs of Linux 7.3, driven as a user drives it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.vm.conftest import Play
+from tests.vm.gdbstub import FailCall
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
+
+
+def test_memory_of_every_kind_comes_through_twice(vm: Play) -> None:
+    result = vm("memory", memory="4G", stage_deadline=100, deadline=300).require()
+    for stage in (0, 1):
+        seen = result.facts(f"map-{stage}")
+        assert seen["equal"], seen
+        assert seen["totals_agree"], seen
+        assert seen["huge"] >= 1, "no order-9 folio was in the map"
+        assert seen["source"] == ("outgoing", "incoming")[stage]
+    memory = result.facts("memory")
+    for what in ("bytes", "frames", "orders"):
+        assert all(memory[what].values()), (what, memory[what])
+    assert memory["seals"] == 0x6
+    assert memory["sizes"]["large"] == 1 << 30
+    assert memory["claim"] == ["1", "ram", "True", "0" * 16, "4096"]
+    ledger = result.facts("ledger")
+    assert ledger["outcome"] == "restored"
+    assert not ledger["problems"]
+    assert "folios" in ledger["checked"]
+    assert ledger["spans"]["blackout"][1] == 0.010, "the TSC was not used"
+    again = result.facts("again")
+    assert again["page"] == "second"
+    assert again["ram"]
+    assert again["large"]
+    assert set(again["states"].values()) == {"claimed"}
+    assert again["outcomes"] == ["restored", "restored"]
+
+
+def test_what_must_not_happen_is_refused_or_undone_and_the_workload_never_notices(vm: Play) -> None:
+    result = vm("undone", stage_deadline=120, deadline=240).require()
+    kind, said = result.facts("no kernel")["said"]
+    assert kind == "Refused"
+    assert "khoctl load" in said
+    assert "/run/junk" in result.facts("junk")["said"]
+    kind, said = result.facts("hugetlb required")["said"]
+    assert kind == "UpdateFailed"
+    assert "huge" in said
+    assert "everything was undone" in said
+    assert "hugetlb" in result.facts("hugetlb by guestmemfd")["said"]
+    for state in ("preparing", "prepared", "freezing", "frozen"):
+        assert result.facts(f"abort {state}")["held"] == [state, True]
+    assert all(record.facts["goes_on"] for record in result.records if "goes_on" in record.facts)
+    assert result.facts("exited client") == {"answer": "fds", "bytes": "orphan"}
+    through = result.facts("went through")
+    assert through["count"] > 0
+    assert through["outcome"] == "restored"
+    assert len(through["left_behind"]) == 1
+    assert "huge" in through["left_behind"][0]
+    assert set(through["others"]) == {"aborted"}
+    assert result.facts("end")["status"] == 0
+
+
+@pytest.mark.parametrize(
+    ("symbol", "nth"), [("kernel_kexec", 1), ("memfd_luo_freeze", 2)], ids=["before serialization", "in the middle of it"]
+)
+def test_a_jump_that_comes_back_is_undone_and_a_second_one_succeeds(vm: Play, symbol: str, nth: int) -> None:
+    with FailCall(symbol, nth=nth, errno=5) as fail:
+        result = vm("comes_back", qemu=fail.qemu, answers={"arm": fail.arm}, stage_deadline=90).require()
+    assert fail.hits == nth
+    back = result.facts("came back")
+    assert back["ended"] == "aborted"
+    assert "EIO" in back["reason"]
+    assert not back["problems"]
+    assert back["intact"]
+    assert result.facts("second") == {"intact": {"vm-1": True, "vm-2": True}, "outcomes": ["restored", "aborted"]}
+
+
+def test_a_corrupt_map_is_no_verdict_on_the_memory(vm: Play) -> None:
+    result = vm("corrupt", stage_deadline=90).require()
+    verdict = result.facts("verdict")
+    assert "failed" in verdict["status"]
+    assert any("folio map is not what was written" in problem for problem in verdict["problems"])
+    assert verdict["answer"] == "hold"
+    assert "vm-1" in verdict["finish"]
+    assert result.facts("claimed") == {"answer": "fds", "intact": True}
+    assert result.facts("finished") == {"state": "idle"}
