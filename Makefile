@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # Every target sets up what it needs and says so. `make help` lists them.
 .DELETE_ON_ERROR:
-.PHONY: help setup lab-kernel demo test test-fast test-full check bench bench-vm clean
+.PHONY: help setup lab-kernel lab-shell demo test test-fast test-full check bench bench-vm clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,6 +23,11 @@ setup: $(VENV)/.stamp ## the virtual environment .venv, with khod and khoctl in 
 
 lab-kernel: ## build the lab's kernel unless cached; the last line is the path of its bzImage
 	@$(PYTHON) tests/vm/kernel.py
+
+lab-shell: $(VENV)/.stamp ## a shell in the lab's virtual machine, with khod running, to follow README.md by hand
+	@$(APT) $(APT_VM)
+	@$(PYTHON) tests/vm/kernel.py >/dev/null
+	@$(BIN)/python -m tests.vm.shell
 
 demo: $(VENV)/.stamp ## a whole live update of a simulated 1 TiB host
 	@$(BIN)/khoctl demo
