@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 
 from bench import plain
-from bench.plain import U64, Plain
+from bench.plain import MAP_REJECTED, U64, Plain
 from bench.rows import ROUNDS, Result, Row, Side, alternating, milliseconds
 from khod.folio.bulk import read_map
 from khod.folio.tracker import Tracker
@@ -121,7 +121,11 @@ class Pages:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A whole map back to frames: ours checks all of it first, the other side trusts it."""
+    """A whole map back to frames, checked before the first of them is told.
+
+    Both sides compute the digest and look at each header and element. Ours alone proves as well what needs more than a look:
+    that no page of the map is used twice, no bitmap is empty, and every folio lies in RAM, outside scratch, in no other.
+    """
 
     name: str
     target: float
@@ -140,9 +144,11 @@ class Reading:
             found = read_map(memory, done.address, done.page_count, done.sha256, ram=RAM, scratch=SCRATCH)
             assert sum(len(pfns) for _, pfns in found.arrays()) == COUNT
 
-        def read_plain() -> None:
-            assert library().map_read(flat.ctypes.data, base, done.address, out.ctypes.data) == COUNT
+        def read_plain(sha256: bytes = done.sha256) -> int:
+            return int(library().map_read(flat.ctypes.data, base, done.page_count, done.address, sha256, 18, out.ctypes.data))
 
+        assert read_plain() == COUNT
+        assert read_plain(bytes(32)) == MAP_REJECTED, "the C reader does not look at the digest"
         a, b = alternating(Side(lambda: None, lambda _: read()), Side(lambda: None, lambda _: read_plain()))
         yield Result(f"read back with validation, {self.name}", a / b, self.target, "x", a, b)
 

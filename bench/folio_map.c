@@ -3,9 +3,11 @@
  * The folio map the plain way: what khod.folio is measured against.
  *
  * One insert per folio, with every refusal of the specification; per order a sparse table of 512-byte bitmaps, two levels
- * of pointers indexed by block number, as an xarray would be. Built with `cc -O2`, called through ctypes, so that both
- * sides find their input in the same memory.
+ * of pointers indexed by block number, as an xarray would be. The reader checks what is cheap to check and the digest, by
+ * libcrypto, as Python's hashlib does. Built with `cc -O2`, called through ctypes, so that both sides find their input in
+ * the same memory.
  */
+#include <openssl/evp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,6 +36,8 @@ enum refusal {
 	EMPTY_RANGE,
 	NO_MEMORY,
 };
+
+#define MAP_REJECTED UINT64_MAX
 
 struct range {
 	uint64_t start, end; /* frames */
@@ -292,20 +296,92 @@ uint64_t tracker_serialize(const struct tracker *t, uint8_t *pages, uint64_t bas
 	return (bitmap_at + PAGE_BYTES - 1) / PAGE_BYTES;
 }
 
-/*
- * Every folio of the map at physical `address` in `pages`, memory that lies at `base`, into `pfns`; returns their number.
- * Trusts the map: no bounds, no digest, no overlap.
- */
-uint64_t map_read(const uint8_t *pages, uint64_t base, uint64_t address, uint64_t *pfns)
+/* A map in memory that lies at physical `base` in one run of `length` bytes. */
+struct map {
+	const uint8_t *bytes;
+	uint64_t base, length;
+	unsigned max_order;
+};
+
+/* `size` bytes at a physical address, which must be aligned to `size`; NULL where there are none of the map's. */
+static const void *at(const struct map *m, uint64_t address, uint64_t size)
 {
+	uint64_t offset = address - m->base;
+
+	if (address % size || address < m->base || offset >= m->length || m->length - offset < size)
+		return NULL;
+	return m->bytes + offset;
+}
+
+/* One chunk against the one before it: 0 unless its header, its elements and their places are what they may be. */
+static int chunk_is_good(const struct map *m, const struct chunk *chunk, const struct chunk *before)
+{
+	unsigned shift;
+
+	if (!chunk->num_elms || chunk->num_elms > CHUNK_ELEMENTS || chunk->order > m->max_order)
+		return 0;
+	if (before && (chunk->order < before->order ||
+		       (chunk->order == before->order && before->num_elms != CHUNK_ELEMENTS)))
+		return 0;
+	shift = BLOCK_SHIFT + PAGE_SHIFT + chunk->order;
+	for (unsigned i = 0; i < chunk->num_elms; i++) {
+		uint64_t start = chunk->elements[i].phys_start;
+
+		if (shift < 64 ? start & ((UINT64_C(1) << shift) - 1) : start)
+			return 0;
+		if (i && start <= chunk->elements[i - 1].phys_start)
+			return 0;
+		if (!at(m, chunk->elements[i].bitmap, BITMAP_BYTES))
+			return 0;
+	}
+	return !before || before->order != chunk->order ||
+	       chunk->elements[0].phys_start > before->elements[CHUNK_ELEMENTS - 1].phys_start;
+}
+
+/*
+ * Walk the list once: each chunk and then its bitmaps into the digest, which must come out as `sha256`. Whether a page is
+ * used twice, a folio lies in RAM, or two of them overlap is not looked at: that is more than the plain way does.
+ */
+static int map_is_good(const struct map *m, uint64_t address, const uint8_t *sha256, EVP_MD_CTX *context)
+{
+	const struct chunk *chunk, *before = NULL;
+	uint64_t left = m->length / PAGE_BYTES; /* so that a cycle ends */
+	uint8_t digest[EVP_MAX_MD_SIZE];
+
+	if (!EVP_DigestInit_ex(context, EVP_sha256(), NULL))
+		return 0;
+	for (; address; address = chunk->next, before = chunk) {
+		chunk = at(m, address, PAGE_BYTES);
+		if (!chunk || !left-- || !chunk_is_good(m, chunk, before))
+			return 0;
+		EVP_DigestUpdate(context, chunk, PAGE_BYTES);
+		for (unsigned i = 0; i < chunk->num_elms; i++)
+			EVP_DigestUpdate(context, at(m, chunk->elements[i].bitmap, BITMAP_BYTES), BITMAP_BYTES);
+	}
+	return EVP_DigestFinal_ex(context, digest, NULL) && !memcmp(digest, sha256, 32);
+}
+
+/*
+ * Every folio of the map at physical `address` in `pages`, `page_count` of them in one run from `base` on, into `pfns`;
+ * returns their number, or MAP_REJECTED. Nothing is written before the whole map is accepted.
+ */
+uint64_t map_read(const uint8_t *pages, uint64_t base, uint64_t page_count, uint64_t address, const uint8_t *sha256,
+		  unsigned max_order, uint64_t *pfns)
+{
+	struct map m = { pages, base, page_count * PAGE_BYTES, max_order };
+	EVP_MD_CTX *context = EVP_MD_CTX_new();
+	int good = context && map_is_good(&m, address, sha256, context);
 	uint64_t count = 0;
 
+	EVP_MD_CTX_free(context);
+	if (!good)
+		return MAP_REJECTED;
 	while (address) {
-		const struct chunk *chunk = (const struct chunk *)(pages + (address - base));
+		const struct chunk *chunk = at(&m, address, PAGE_BYTES);
 
 		for (unsigned i = 0; i < chunk->num_elms; i++) {
 			const struct element *element = &chunk->elements[i];
-			const uint64_t *bitmap = (const uint64_t *)(pages + (element->bitmap - base));
+			const uint64_t *bitmap = at(&m, element->bitmap, BITMAP_BYTES);
 			uint64_t first = element->phys_start >> PAGE_SHIFT;
 
 			for (unsigned word = 0; word < BLOCK_BITS / 64; word++)

@@ -15,6 +15,8 @@ from khod.folio.units import PAGE_SHIFT, Range
 
 HERE = Path(__file__).parent
 COMMAND = ("cc", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
+LIBRARIES = ("-lcrypto",)
+MAP_REJECTED = 2**64 - 1
 
 U64 = NDArray[np.uint64]
 
@@ -23,7 +25,7 @@ def build() -> ctypes.CDLL:
     """Compile, and declare what is called."""
     out = HERE / "out" / "folio_map.so"
     out.parent.mkdir(exist_ok=True)
-    subprocess.run([*COMMAND, "-o", str(out), str(HERE / "folio_map.c")], check=True, timeout=120)
+    subprocess.run([*COMMAND, "-o", str(out), str(HERE / "folio_map.c"), *LIBRARIES], check=True, timeout=120)
     lib = ctypes.CDLL(str(out))
     pointer, u64, uint = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint
     lib.tracker_new.argtypes, lib.tracker_new.restype = (pointer, uint, uint, uint), pointer
@@ -32,7 +34,7 @@ def build() -> ctypes.CDLL:
     lib.tracker_preserve_range.argtypes = (pointer, u64, u64)
     lib.tracker_bitmaps.argtypes, lib.tracker_bitmaps.restype = (pointer,), u64
     lib.tracker_serialize.argtypes, lib.tracker_serialize.restype = (pointer, pointer, u64), u64
-    lib.map_read.argtypes, lib.map_read.restype = (pointer, u64, u64, pointer), u64
+    lib.map_read.argtypes, lib.map_read.restype = (pointer, u64, u64, u64, ctypes.c_char_p, uint, pointer), u64
     return lib
 
 

@@ -45,7 +45,6 @@ class _Part(NamedTuple):
     pieces: list[bytes]
     doubtful: Ints
     """Elements whose bits are not plainly good: whose block is empty, or at the edge of anything."""
-    folios: int
 
     def rows(self) -> Words:
         return np.frombuffer(b"".join(self.pieces), WORD).reshape(-1, WORDS)
@@ -58,7 +57,7 @@ class FolioArrays:
         self._parts = parts
 
     def __len__(self) -> int:
-        return sum(part.folios for part in self._parts)
+        return sum(int(np.bitwise_count(part.rows()).sum(dtype=np.int64)) for part in self._parts)
 
     def __iter__(self) -> Iterator[Folio]:
         """Folios by order, then by frame."""
@@ -96,7 +95,8 @@ def read_map(
         _check_elements(chunk, starts, addresses, last if order == chunk.order else -1, ground, overlapping)
         order, last = chunk.order, int(starts[-1])
         blocks = (starts >> np.uint64(min(block_shift(order), 63))).astype(np.int64)
-        parts.append(_part(chunk, addresses, blocks, storage.bitmaps(chunk.address, pieces), ground))
+        read, joined = storage.bitmaps(chunk.address, pieces)
+        parts.append(_part(chunk, addresses, blocks, read, joined, ground))
     storage.check_digest(sha256)
     for part in parts:
         _check_bits(part, ground)
@@ -160,12 +160,12 @@ def _within(pages: Words, intervals: Sequence[Interval]) -> Flags:
     return (np.searchsorted(bounds, pages, "right") & 1).astype(np.bool_)
 
 
-def _part(chunk: Chunk, addresses: Words, blocks: Ints, pieces: list[bytes], ground: Ground) -> _Part:
+def _part(chunk: Chunk, addresses: Words, blocks: Ints, pieces: list[bytes], joined: bytes, ground: Ground) -> _Part:
     """Look at the bits while they are at hand. Nothing is said of them before the digest has been."""
-    rows = np.frombuffer(b"".join(pieces), WORD).reshape(-1, WORDS)
-    counts = np.bitwise_count(rows).sum(axis=1, dtype=np.int64)
+    rows = np.frombuffer(joined, WORD).reshape(-1, WORDS)
+    empty = np.bitwise_or.reduce(rows, axis=1) == 0
     inside = _all_allowed(blocks, ground.folios(chunk.order)) & (blocks < TOP >> block_shift(chunk.order))
-    return _Part(chunk, addresses, blocks, pieces, np.flatnonzero((counts == 0) | ~inside), int(counts.sum()))
+    return _Part(chunk, addresses, blocks, pieces, np.flatnonzero(empty | ~inside))
 
 
 def _check_bits(part: _Part, ground: Ground) -> None:

@@ -33,7 +33,7 @@ from khod.folio.units import PAGE_SHIFT, PAGE_SIZE, PhysicalMemory
 
 _OFFSET = PAGE_SIZE - 1
 _UNIT_SHIFT = BITMAP_BYTES.bit_length() - 1
-_STEPS = [[BITMAP_BYTES] * n for n in range(BITMAPS_PER_PAGE)]
+_WHOLE_STEPS = [BITMAP_BYTES] * (BITMAPS_PER_PAGE - 1)
 _WHOLE_PAGE = (1 << BITMAPS_PER_PAGE) - 1
 
 
@@ -97,36 +97,48 @@ class Storage:
         """
         pieces: list[Piece] = []
         steps = list(map(sub, addresses[1:], addresses))
-        at = 0
-        while at < len(addresses):
+        known = self._claimed
+        at, end = 0, len(addresses)
+        while at < end:
             address = addresses[at]
             offset = address & _OFFSET
             page = address - offset
-            # Mostly a page is filled from here to its end: one piece then.
-            count = min(BITMAPS_PER_PAGE - (offset >> _UNIT_SHIFT), len(addresses) - at)
-            if steps[at : at + count - 1] != _STEPS[count - 1]:
+            # Mostly a whole page, of which nothing was claimed before.
+            if not offset and steps[at : at + BITMAPS_PER_PAGE - 1] == _WHOLE_STEPS and page not in known:
+                known[page] = _WHOLE_PAGE
+                pieces.append(Piece(page, 0, BITMAPS_PER_PAGE, at))
+                at += BITMAPS_PER_PAGE
+                continue
+            # Or from here to the page's end, or to that of the list.
+            count = min(BITMAPS_PER_PAGE - (offset >> _UNIT_SHIFT), end - at)
+            if steps[at : at + count - 1] != _WHOLE_STEPS[: count - 1]:
                 count = 1
             units = (1 << count) - 1 << (offset >> _UNIT_SHIFT)
-            claimed = self._claimed.get(page, 0)
+            claimed = known.get(page, 0)
             both = claimed & units
             if both:
                 return pieces, at + (both & -both).bit_length() - 1 - (offset >> _UNIT_SHIFT)
-            self._claimed[page] = claimed | units
+            known[page] = claimed | units
             pieces.append(Piece(page, offset, count, at))
             at += count
         return pieces, None
 
-    def bitmaps(self, chunk: int, pieces: Sequence[Piece]) -> list[bytes]:
-        """The bitmaps of the chunk whose `pieces` these are, all of which have been accepted."""
-        pages, update = self._pages, self._digest.update
+    def bitmaps(self, chunk: int, pieces: Sequence[Piece]) -> tuple[list[bytes], bytes]:
+        """The bitmaps of the chunk whose `pieces` these are, all of which have been accepted: each piece, and all joined.
+
+        The pieces are the pages that were read, as far as they are whole: whoever keeps them needs no more memory.
+        """
+        pages = self._pages
         out = []
         for page, offset, count, element in pieces:
             content = pages.get(page) or self._page(page, chunk, element)
             if count != BITMAPS_PER_PAGE:
                 content = content[offset : offset + (count << _UNIT_SHIFT)]
-            update(content)
             out.append(content)
-        return out
+        # Joined first: one call of the digest for a chunk instead of one for a page.
+        joined = b"".join(out)
+        self._digest.update(joined)
+        return out, joined
 
     def check_digest(self, announced: bytes) -> None:
         """Compare what was read, in the order in which it was read, with what was announced. Raises DigestMismatch."""

@@ -107,7 +107,7 @@ def validate(
         pieces, overlapping = storage.claim(addresses)
         _check_elements(chunk, starts, addresses, before, ground, overlapping)
         before = (chunk.order, starts[-1])
-        joined = b"".join(storage.bitmaps(chunk.address, pieces))
+        _, joined = storage.bitmaps(chunk.address, pieces)
         shift = block_shift(chunk.order)
         for i, start in enumerate(starts):
             bits = int.from_bytes(joined[i * BITMAP_BYTES : (i + 1) * BITMAP_BYTES], "little")
