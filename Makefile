@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 APT := tools/apt-missing
 APT_RUN := python3 python3-venv python3-dev gcc pkg-config libsystemd-dev make git ca-certificates
 APT_TEST := device-tree-compiler systemd
+APT_BENCH := gcc libssl-dev
 APT_VM := qemu-system-x86 gdb kmod e2fsprogs
 
 help: ## this list
@@ -43,6 +44,15 @@ test: $(VENV)/.stamp ## all tests; builds the lab's kernel once
 	@$(APT) $(APT_TEST) $(APT_VM)
 	@$(PYTHON) tests/vm/kernel.py >/dev/null
 	KHOD_REQUIRE=vm $(BIN)/pytest -q
+
+bench: $(VENV)/.stamp ## the folio map and khod's start against plain programs: a table, also as JSON in bench/out
+	@$(APT) $(APT_BENCH)
+	$(BIN)/python -m bench.run
+
+bench-vm: $(VENV)/.stamp ## the blackout of 64 MiB across real kexecs, khod's and a bare C program's
+	@$(APT) gcc libc6-dev $(APT_VM)
+	@$(PYTHON) tests/vm/kernel.py >/dev/null
+	$(BIN)/python -m bench.vm
 
 clean: ## remove what was built here (the lab's cache stays)
 	rm -rf $(VENV) build dist bench/out .mypy_cache .ruff_cache .pytest_cache .hypothesis
