@@ -125,7 +125,10 @@ def notify(text: str) -> None:
     except ImportError:
         logger.warning("systemd-python is not installed: systemd cannot be told %r", text)
         return
-    tell(text)
+    try:
+        tell(text)
+    except OSError as error:  # systemd being told is no condition of anything that khod does
+        logger.warning("systemd cannot be told %r: %s", text, error)
 
 
 if __name__ == "__main__":

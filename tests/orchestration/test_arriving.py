@@ -370,3 +370,22 @@ def test_the_simulated_successor_gets_the_directory_and_nothing_else(world: Worl
         assert machine(again.spawn("khod")).boot.boot().handover is False, "a power cut is a cold boot"
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_khod_that_may_end_lets_go_of_everything(world: World, finished: bool) -> None:
+    async def scenario() -> None:
+        await world.khod()
+        await world.register("vm-1", world.memory())
+        host = await world.jump()
+        answer = await host.claim("vm-1", owner="uid:0")
+        process = world.kernel.spawn("vmm")
+        fd = process.call("descriptor", world.process.pid, answer.fds[0])
+        host.machine.files.close(answer.fds[0])
+        if finished:
+            await host.finish()
+        await host.close()
+        assert not world.kernel.task(world.process.pid).fds
+        assert world.intact(fd, process=process), "what was claimed is the claimant's"
+
+    asyncio.run(scenario())

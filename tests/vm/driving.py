@@ -32,16 +32,21 @@ class Khod:
         CONFIG.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items()))
         self.vm = vm
         NOTIFY.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
-            listener.bind(str(NOTIFY))
-            listener.settimeout(60)
-            environment = dict(os.environ, NOTIFY_SOCKET=str(NOTIFY))
-            environment["PYTHONPATH"] = f"{environment['PYTHONPATH']}:{plugins}" if plugins else environment["PYTHONPATH"]
-            self.log = open(vm.shared / f"khod-{vm.stage}.log", "ab")  # noqa: SIM115  # open as long as khod runs
-            argv = [sys.executable, "-S", "-m", "khod.daemon", "--config", str(CONFIG)]
-            self.process = subprocess.Popen(argv, stdout=self.log, stderr=self.log, env=environment)
-            while b"READY=1" not in listener.recv(4096):
-                pass
+        self._notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notified.bind(str(NOTIFY))
+        self._notified.settimeout(60)
+        environment = dict(os.environ, NOTIFY_SOCKET=str(NOTIFY))
+        environment["PYTHONPATH"] = f"{environment['PYTHONPATH']}:{plugins}" if plugins else environment["PYTHONPATH"]
+        self.log = open(vm.shared / f"khod-{vm.stage}.log", "ab")  # noqa: SIM115  # open as long as khod runs
+        argv = [sys.executable, "-S", "-m", "khod.daemon", "--config", str(CONFIG)]
+        self.process = subprocess.Popen(argv, stdout=self.log, stderr=self.log, env=environment)
+        self.told("READY=1")
+
+    def told(self, what: str) -> str:
+        """Wait until khod tells systemd something with these words in it."""
+        while what not in (text := self._notified.recv(4096).decode()):
+            pass
+        return text
 
     def stop(self) -> int:
         """SIGTERM, and wait; its exit status."""

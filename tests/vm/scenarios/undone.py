@@ -91,9 +91,9 @@ def before(vm: Guest) -> None:
         client.load(str(vm.kernel))
 
         huge = hugetlb()
+        vm.record("hugetlb by guestmemfd", said=guestmemfd_refuses(khod, huge))
         client.register("huge", "anything", [("pages", huge)])
         vm.record("hugetlb required", said=refused(khod), goes_on=work.goes_on(), state=client.status().state)
-        vm.record("hugetlb by guestmemfd", said=guestmemfd_refuses(khod, huge))
         client.unregister("huge")
 
         for state in ("preparing", "prepared", "freezing", "frozen"):
