@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from khod import errors
+from khod.cli.application import COMMANDS
 from khod.core.state import State
 from khod.folio import layout, units
 from khod.plugin import hookspecs
@@ -66,3 +67,17 @@ def test_the_folio_map_is_the_one_that_is_written() -> None:
     assert int(quantities["elements of one chunk, at most"]) == layout.CHUNK_ELEMENTS
     assert int(quantities["largest order"]) == units.MAX_ORDER
     assert int(quantities["bits of a physical address"]) == units.PHYS_BITS
+
+
+def test_commands_that_the_documentation_names_exist() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md"), ROOT / "tests/vm/README.md"]
+    text = "\n".join(page.read_text() for page in pages)
+    commands = {name for name, _ in COMMANDS}
+    named = set(re.findall(r"(?:`|lab# |^ {4}|; )(?:\.venv/bin/)?khoctl ([a-z]+)", text, re.M))
+    assert named - commands - {"COMMAND"} == set()
+    assert {"register", "load", "update", "claim", "finish", "history"} <= named
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
+    asked = set(re.findall(r"(?:`|^ {4}|&& |: )make ([a-z-]+)", text, re.M))
+    assert {"demo", "test", "setup"} <= asked
+    assert asked - targets == set()
