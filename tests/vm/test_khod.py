@@ -72,6 +72,7 @@ def test_a_jump_that_comes_back_is_undone_and_a_second_one_succeeds(vm: Play, sy
     back = result.facts("came back")
     assert back["ended"] == "aborted"
     assert "EIO" in back["reason"]
+    assert "everything was undone" in back["said"]
     assert not back["problems"]
     assert back["intact"]
     assert result.facts("second") == {"intact": {"vm-1": True, "vm-2": True}, "outcomes": ["restored", "aborted"]}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 
-from khod.errors import KhodError, Lost
+from khod.errors import Lost, UpdateFailed
 from tests.vm.driving import Khod, fill, filled
 from tests.vm.guest import Guest
 
@@ -24,19 +24,24 @@ def before(vm: Guest) -> None:
             client.register(name, "guestmemfd", [("ram", fd)])
             fds.append(fd)
         client.load(str(vm.kernel))
-        khod.ctl("update", "--hold-at", "frozen")
+        events = client.update("frozen")
+        while next(events).kind != "held":
+            pass
         vm.ask("arm")
-        client.proceed()
-    with khod.client() as client:
-        # The update is on its way into the kernel and back: whoever asks to abort it hears where it ended.
+        with khod.client() as other:
+            other.proceed()
         try:
-            ended = client.abort()
-        except KhodError:
-            ended = client.status().state  # it was back before we asked
+            for _ in events:
+                pass
+            said = ""
+        except UpdateFailed as error:
+            said = str(error)
+    with khod.client() as client:
+        ended = client.status().state
         os.ftruncate(fds[0], 2 * SIZE)
         os.ftruncate(fds[0], SIZE)
         (update,) = client.history()
-        vm.record("came back", ended=ended, reason=update.reason, problems=list(update.problems),
+        vm.record("came back", ended=ended, said=said, reason=update.reason, problems=list(update.problems),
                   intact=all(filled(fd, SIZE) for fd in fds))  # fmt: skip
         try:
             for _ in client.update():
