@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -44,6 +45,17 @@ def test_people_see_progress_a_timeline_and_what_became_of_memory() -> None:
     assert "the hypervisor's own 256 MiB 4 KiB 4 of 4" in lines
     assert "not registered 4 MiB 4 KiB 0 of 256 pages looked at" in lines
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.full
+def test_a_tebibyte_takes_less_than_thirty_seconds_and_a_gibibyte() -> None:
+    started = time.monotonic()
+    done = demo("--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - started < 30
+    report = json.loads(done.stdout)
+    assert (report["memory"], report["registered"], report["survived"]) == (1 << 40, 116, 116)
+    assert report["resident"] < 1 << 30
 
 
 @pytest.mark.parametrize("size", ["8G", "17G", "2T", "much"])
