@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from khod import __version__, config
+from khod.api.listening import listen
 from khod.core.host import Host
 from khod.core.ports import Machine
 from khod.core.settings import Settings
@@ -42,8 +43,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 async def serve(configuration: config.Config) -> int:
-    """Start, serve until told to stop, and stop when that loses nothing."""
-    machine = await asyncio.to_thread(open_machine, configuration)
+    """Start, serve until told to stop, and stop when that loses nothing.
+
+    What can fail for reasons of its own comes before the first retrieve: from there on the end of this process is the end of
+    everybody's memory.
+    """
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    listener = listen(configuration.socket)
+    machine = open_machine(configuration)
     host = Host(machine, core_settings(configuration), PluginManager())
     notify("STATUS=Looking for what the previous kernel left")
     state = await host.start()
@@ -51,20 +60,16 @@ async def serve(configuration: config.Config) -> int:
 
     from khod.api.server import serve as serve_api  # not on the way to restored
 
-    async with serve_api(host, machine.files, configuration.socket):
+    async with serve_api(host, machine.files, configuration.socket, listener):
         notify(f"READY=1\nSTATUS={state}")
-        await _until_told(host)
+        await _until_told(told, host)
     notify("STOPPING=1")
     await host.close()
     return 0
 
 
-async def _until_told(host: Host) -> None:
+async def _until_told(told: asyncio.Event, host: Host) -> None:
     """Wait for SIGTERM or SIGINT, and refuse it while khod alone holds somebody's memory (decision 25)."""
-    told = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told.set)
     while True:
         await told.wait()
         told.clear()

@@ -20,8 +20,9 @@ import khod
 from khod.api.connection import Calls, Connection, boundaries
 from khod.api.descriptors import Bridge
 from khod.api.host import HostInterface
+from khod.api.listening import listen
 from khod.core.service import Service
-from khod.errors import InvalidRequest, MachineError, NotPermitted, Refused
+from khod.errors import NotPermitted
 
 logger = logging.getLogger(__name__)
 
@@ -34,58 +35,19 @@ _ucred = struct.Struct("3i")  # struct ucred, linux/socket.h: pid, uid, gid
 
 
 @contextlib.asynccontextmanager
-async def serve(service: Service, files: Bridge, path: Path) -> AsyncIterator[Server]:
-    """Serve `service` on the unix socket `path` for the length of the context.
+async def serve(service: Service, files: Bridge, path: Path, listener: socket.socket | None = None) -> AsyncIterator[Server]:
+    """Serve `service` on the unix socket `path` for the length of the context; `listener` is what `listen` made there before,
+    and is owned from here on.
 
     On the way out calls that are under way are cancelled, connections closed, and the socket removed.
     Raises Refused when somebody else answers there, InvalidRequest and MachineError when it cannot be made.
     """
-    server = Server(service, files, listen(path))
+    server = Server(service, files, listener or listen(path))
     try:
         yield server
     finally:
         await server.aclose()
         path.unlink(missing_ok=True)  # noqa: ASYNC240 - of a file system in memory
-
-
-def listen(path: Path) -> socket.socket:
-    """A socket that listens at `path`, for its owner alone (0600) from the first moment that it can be connected to.
-
-    A socket that nobody answers on is replaced; the directory is made if it is missing.
-    """
-    if _answers(path):
-        raise Refused(f"somebody answers at {path} already", hint="is another khod running?")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    # Bound under a name of its own and renamed when it is ready: its mode never depends on the umask, which is not ours
-    # to change in a process with threads.
-    making = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        making.unlink(missing_ok=True)
-        sock.bind(str(making))
-        making.chmod(0o600)
-        sock.listen(MAX_CONNECTIONS)
-        making.rename(path)
-    except OSError as error:
-        sock.close()
-        with contextlib.suppress(OSError):
-            making.unlink()
-        if error.errno is None:  # "AF_UNIX path too long": Python's own, 107 bytes are the limit
-            raise InvalidRequest(f"cannot listen at {path}: {error}", hint="choose a shorter path for the socket")
-        raise MachineError(f"cannot listen at {path}", errno=error.errno)
-    return sock
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(str(path))
-        except TimeoutError:
-            return True  # a full backlog is somebody's
-        except OSError:
-            return False
-        return True
 
 
 class Server:

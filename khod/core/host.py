@@ -89,7 +89,7 @@ class Host:
 
     def keeps_from_exit(self) -> str:
         """Why khod must not exit now (decision 25); '' when it may."""
-        alone = [e.name for e in self.registry if e.state not in (InstanceState.REGISTERED, InstanceState.CLAIMED)]
+        alone = [e.name for e in self.registry if e.state.unclaimed]
         if self.state.outgoing:
             return f"an update is {self.state}"
         if alone:
@@ -115,14 +115,10 @@ class Host:
             device=device,
             image=_image_view(self._image) if self._image else None,
             instances=len(self.registry),
-            unclaimed=sum(e.state not in (InstanceState.REGISTERED, InstanceState.CLAIMED) for e in self._restored()),
+            unclaimed=sum(e.state.unclaimed for e in self.registry),
             pinned=sum(e.declaration.size for e in self.registry),
             problems=[*self.problems, *(self.last_update.problems if self.last_update else ())],
         )
-
-    def _restored(self) -> list[Entry]:
-        outgoing = (InstanceState.PRESERVED, InstanceState.FROZEN)
-        return [e for e in self.registry if e.state not in outgoing]
 
     async def instances(self) -> Sequence[views.InstanceView]:
         """See Service."""
@@ -282,10 +278,10 @@ class Host:
                 return _hold(f"{name} is {entry.state}: {entry.problem}")
             if not entry.fds:
                 return _hold(f"{name}: nothing of it could be retrieved: {entry.problem}")
-            fds = [self.machine.files.duplicate(fd) for fd in entry.fds.values()]
             self.journal.note(
                 self._ident, "claimed", name=name, owner=owner, unverified=not entry.state.sound, problem=entry.problem
             )
+            fds = [self.machine.files.duplicate(fd) for fd in entry.fds.values()]
             if entry.state is not InstanceState.REGISTERED:
                 entry.state = InstanceState.CLAIMED
             return views.ClaimView(answer="fds", reason=entry.problem, names=list(entry.fds), fds=fds)
@@ -369,7 +365,7 @@ class Host:
 
     async def abort(self) -> str:
         """See Service."""
-        if self.last_update is None or not self.last_update.state.outgoing:
+        if self.last_update is None or not (self.last_update.state.outgoing or self.last_update.state is State.FAILED):
             raise Refused("no update is under way")
         return await self.last_update.abort()
 
@@ -388,12 +384,14 @@ class Host:
                 hint="`khoctl claim --unverified` hands out what is damaged, `khoctl unregister` discards it",
             )
         self._set_state(State.FINISHING)
-        for entry in self.registry:
-            await self._finish_one(entry)
-        machine, incoming = self.machine, self.incoming
-        if incoming.session >= 0:
-            await blocking(machine.liveupdate.finish, incoming.session)
-        await blocking(incoming.close, machine)
+        try:
+            for entry in self.registry:
+                await self._finish_one(entry)
+            await blocking(self.machine.liveupdate.finish, self.incoming.session)
+            await blocking(self.incoming.close, self.machine)
+        except KhodError:
+            self._set_state(State.FAILED)  # from where it can be tried again
+            raise
         self.incoming = None
         self._set_state(State.IDLE)
         return [e.name for e in self.registry if e.state is InstanceState.RESTORED]

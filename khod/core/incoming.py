@@ -18,7 +18,7 @@ from khod.core.journal import Record
 from khod.core.node import DIGEST, MAP_TOKEN, SESSION, TREE_TOKEN, Carried, from_node
 from khod.core.ports import Machine, Stamp
 from khod.core.sample import Sample
-from khod.errors import FormatError, MachineError, MapError, TokenUnknown, TreeError
+from khod.errors import KhodError, MachineError, MapError, TokenUnknown, TreeError
 from khod.folio.units import PAGE_SHIFT, PAGE_SIZE
 from khod.folio.walk import FolioMap, validate
 
@@ -92,7 +92,8 @@ def read_tree(machine: Machine, incoming: Incoming) -> None:
         incoming.carried = [from_node(node) for node in tree.instances]
         _check_unique(incoming.carried)
         incoming.tree = tree
-    except (FormatError, MachineError) as error:
+    except Exception as error:
+        _unforeseen(error)
         incoming.carried = []
         incoming.verdict = f"the handover tree is not what was written: {error}"
 
@@ -145,8 +146,15 @@ def read_map(machine: Machine, incoming: Incoming, max_order: int) -> None:
             scratch=machine.memory.scratch(),
             max_order=max_order,
         )
-    except (MapError, MachineError) as error:
+    except Exception as error:
+        _unforeseen(error)
         incoming.verdict = f"the folio map is not what was written: {error}"
+
+
+def _unforeseen(error: Exception) -> None:
+    """Log what is a bug of ours; it becomes a verdict all the same, for ending here would free what was retrieved."""
+    if not isinstance(error, KhodError):
+        logger.error("reading what came through", exc_info=error)
 
 
 def from_journal(record: Record | None) -> list[Carried]:

@@ -221,7 +221,9 @@ class Outgoing:
         ]
 
     def close(self) -> None:
-        """Close the bookkeeping session and its files; instances' sessions are their entries'."""
+        """Close the bookkeeping session and its files, and forget what they held; instances' sessions are their entries'."""
+        self.tracker, self.written, self.tree = self._new_tracker(), None, None
+        self.parts.clear()
         for name in ("session", "tree_fd", "map_fd"):
             fd = getattr(self, name)
             if fd >= 0:

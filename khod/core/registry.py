@@ -36,6 +36,11 @@ class InstanceState(StrEnum):
     """Came through, and no plugin here knows what it is."""
 
     @property
+    def unclaimed(self) -> bool:
+        """It came through a jump and nobody but khod has it."""
+        return self in (InstanceState.RESTORED, InstanceState.DAMAGED, InstanceState.QUARANTINED)
+
+    @property
     def sound(self) -> bool:
         """It may be handed out and take part in an update."""
         return self not in (InstanceState.DAMAGED, InstanceState.QUARANTINED)

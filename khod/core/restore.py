@@ -107,6 +107,9 @@ class Restorer:
             self._mark(entry, InstanceState.DAMAGED, str(DeadlinePassed(f"no end within {self.settings.restoring:g} s")))
         except KhodError as error:
             self._mark(entry, InstanceState.DAMAGED, str(error))
+        except Exception as error:  # a bug of ours must not end the process that holds everybody's memory
+            logger.exception("instance %s", entry.name)
+            self._mark(entry, InstanceState.DAMAGED, f"khod failed at it: {error!r}")
         finally:
             self.on_instance(entry)
 

@@ -18,7 +18,7 @@ from khod.core.registry import Entry
 from khod.core.restore import Restorer, verify_rest
 from khod.core.settings import Settings
 from khod.core.state import State
-from khod.errors import DeviceBroken, DeviceMissing, MachineError, SessionUnknown
+from khod.errors import DeviceBroken, DeviceMissing, KhodError, MachineError, Refused, SessionUnknown
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Startup:
         return state
 
     async def _run(self) -> State:
-        if self._same_boot and self.last is not None and self.last.state is not None and self.last.state.outgoing:
+        if self._half_way:
             return await self._undo()
         try:
             self.incoming = await blocking(open_incoming, self.machine)
@@ -62,6 +62,14 @@ class Startup:
     @property
     def _same_boot(self) -> bool:
         return self.last is not None and self.last.boot == self.boot.boot_id
+
+    @property
+    def _half_way(self) -> bool:
+        """A predecessor in this boot was in the middle of an update, or failed to undo one."""
+        if not self._same_boot or self.last is None or self.last.state is None:
+            return False
+        began = any(r.state is State.PREPARING and r.boot == self.boot.boot_id for r in self.journal.of(self.last.update))
+        return self.last.state.outgoing or (self.last.state is State.FAILED and began)
 
     @property
     def _jumped(self) -> bool:
@@ -113,9 +121,13 @@ class Startup:
         self._note(State.RESTORING, release=self.boot.release, count=self.boot.kexec_count)
         restorer = Restorer(self.machine, self.settings, self.drivers, incoming)
         restorer.on_instance = lambda entry: logger.info("restored: %s: %s", entry.name, entry.state)
+        if not incoming.verdict:
+            try:
+                self.entries = await restorer.restore()
+            except Refused as error:
+                incoming.verdict = f"the handover tree is not what was written: {error}"
         if incoming.verdict:
             return await self._take_custody(restorer, incoming)
-        self.entries = await restorer.restore()
         self._reckon(incoming)
         self.problems += restorer.verification.problems
         self._note(
@@ -152,20 +164,25 @@ class Startup:
         if incoming.stamp is not None:
             between, uncertainty = ledger.across(incoming.stamp, self.started)
             self.ledger.add("between", between, uncertainty=uncertainty)
-            frozen = executing.data.get("frozen_for") if executing is not None else None
-            if isinstance(frozen, float):
+            frozen_at = executing.data.get("frozen_at") if executing is not None else None
+            if isinstance(frozen_at, int):
+                frozen = (incoming.stamp.monotonic - frozen_at) / 1e9
                 self.ledger.add("blackout", frozen + between + restoring, uncertainty=uncertainty)
         self.ledger.add(State.RESTORING, restoring)
 
     async def verify(self, problems: list[str]) -> None:
         """The rest of the verification, beside the workload; what differs is added to `problems`."""
         assert self.incoming is not None
-        rest = await blocking(verify_rest, self.machine, self.incoming, list(self.entries))
+        try:
+            rest = await blocking(verify_rest, self.machine, self.incoming, list(self.entries))
+        except KhodError as error:
+            # Its owner has it already and may do with it what he likes: make a hole, for one.
+            problems.append(f"not every folio could be compared: {error}")
+            return
         problems += rest.problems
         self._verification.folios = rest.folios
-        self.journal.note(
-            self.update, "verified", checked=self._verification.sentence(), problems=rest.problems, folios=rest.folios
-        )
+        checked = self._verification.sentence()
+        self._journal("verified", checked=checked, problems=rest.problems, folios=rest.folios)
 
     def _settle(self, state: State, **data: Any) -> State:
         """Enter a resting state, noting it where it is news."""
@@ -174,4 +191,12 @@ class Startup:
         return state
 
     def _note(self, state: State, **data: Any) -> None:
-        self.journal.note(self.update, "state", state=state, **data)
+        self._journal("state", state=state, **data)
+
+    def _journal(self, event: str, **data: Any) -> None:
+        """Note it if the disk takes it. A khod that ended here for want of a record would free what it has retrieved."""
+        try:
+            self.journal.note(self.update, event, **data)
+        except KhodError as error:
+            logger.exception("journal")
+            self.problems.append(f"the journal could not be written: {error}")

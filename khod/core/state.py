@@ -70,7 +70,8 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.FINISHING: frozenset({State.IDLE, State.FAILED}),
     State.ABORTING: frozenset({State.ABORTED, State.FAILED}),
     State.ABORTED: frozenset({State.IDLE}),
-    State.FAILED: frozenset({State.FINISHING, State.IDLE, State.RESTORING}),
+    # An undo that failed is tried again by `abort`; a restore that failed ends when all is claimed or discarded.
+    State.FAILED: frozenset({State.ABORTING, State.FINISHING, State.IDLE, State.RESTORING}),
     State.LOST: frozenset({State.IDLE}),
     State.UNREACHABLE: frozenset({State.IDLE}),
 }

@@ -34,9 +34,6 @@ _PHASES = (
     (State.FREEZING, State.FROZEN),
     (State.EXECUTING, None),
 )
-_JOURNALLED = frozenset({State.PREPARING, State.ABORTED, State.FAILED, State.IDLE})
-"""States whose record must be on disk before what follows: the others between them cost the workload an fsync and would
-change nothing for a khod that starts and finds them (decision 14). `executing` is journalled by its step, with its data."""
 
 
 class Update:
@@ -127,20 +124,33 @@ class Update:
         return was
 
     async def abort(self) -> State:
-        """Undo it; returns the state reached. A jump that is being tried can no longer be stopped: its failure is awaited."""
+        """Undo it; returns the state reached. A jump that is being tried can no longer be stopped: its failure is awaited. Of
+        an update whose undo failed, try that again."""
         assert self._task is not None
-        if self.state not in (State.EXECUTING, State.ABORTING):
+        if self.state is State.FAILED:
+            self.problems.clear()
+            await self._undo_shielded()
+        elif self.state not in (State.EXECUTING, State.ABORTING):
             self._aborting = True
             self._task.cancel()
-        return await asyncio.shield(self._task)
+        return self.state if self._task.done() else await asyncio.shield(self._task)
 
     def _enter(self, state: State, message: str = "") -> None:
         if state not in TRANSITIONS[self.state]:
             raise AssertionError(f"no way from {self.state} to {state}")
         self.state = state
-        if state in _JOURNALLED:
-            self._journal.note(self.id, "state", state=state, **self._outcome() if not state.outgoing else {})
+        if state is State.PREPARING:
+            self._journal.note(self.id, "state", state=state, release=self.boot.release)
         self.say("state", message or state)
+
+    def _end(self) -> None:
+        """Enter the state that the undo led to. A journal that cannot take it costs the record, not the undo: the next khod
+        would undo what is undone already."""
+        self._enter(State.FAILED if self.problems else State.ABORTED, self.reason)
+        try:
+            self._journal.note(self.id, "state", state=self.state, **self._outcome())
+        except KhodError as error:
+            self.problem(f"the journal could not be written: {error}")
 
     async def _reach(self, state: State) -> None:
         """Enter a state and stay there if it is the one to hold at."""
@@ -151,12 +161,11 @@ class Update:
             await self._go.wait()
 
     async def _phase(self, phase: State) -> None:
+        if phase is not State.EXECUTING:  # that one is entered by its last step, with the intent on the disk
+            await self._reach(phase)
         started = self.machine.clock.stamp()
         if phase is State.FREEZING:
             self._frozen_at = started
-        if phase is not State.EXECUTING:
-            await self._reach(phase)
-            started = self.machine.clock.stamp()
         steps = [s for s in self._steps if s.phase is phase]
         for number, step in enumerate(steps):
             await self._apply(step, number / len(steps))
@@ -187,8 +196,7 @@ class Update:
             image=self.image.sha256 if self.image else "",
             release=self.boot.release,
             spans=self.ledger.record(),
-            frozen_for=_seconds(self._frozen_at, now),
-            monotonic=now.monotonic,
+            frozen_at=self._frozen_at.monotonic,
             left_behind=self.left_behind,
         )
         self.say("state", State.EXECUTING)
@@ -217,7 +225,7 @@ class Update:
                 self.problem(f"could not undo {step.name!r}: {error}")
             else:
                 self.say("undo", f"undone: {step.name}")
-        self._enter(State.FAILED if self.problems else State.ABORTED, self.reason)
+        self._end()
         self.say("failed", self.reason)
 
     def _outcome(self) -> dict[str, Any]:
@@ -233,12 +241,13 @@ class Update:
     async def thaw(self, entries: Iterable[Entry]) -> None:
         """Let drivers undo prepare and freeze, in dependency order; one that fails keeps nobody else frozen."""
         for entry in entries:
-            if self.to_thaw.pop(entry.name, None) is None:
+            if entry.name not in self.to_thaw:
                 continue
             assert entry.driver is not None
             try:
                 async with asyncio.timeout(self.settings.freezing):
                     await entry.driver.thaw(entry.view(self.machine))
+                del self.to_thaw[entry.name]
             except TimeoutError:
                 self.problem(f"instance {entry.name}: its driver did not thaw it within {self.settings.freezing:g} s")
             except KhodError as error:

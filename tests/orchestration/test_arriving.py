@@ -12,7 +12,7 @@ import pytest
 from khod.core.journal import decode
 from khod.core.ports import Machine
 from khod.core.state import State
-from khod.errors import DeviceBusy, Refused
+from khod.errors import DeviceBusy, MachineError, Refused
 from khod.simulated import ProcessDied, Release, machine
 from khod.simulated.image import build
 from khod.simulated.kernel import Kernel
@@ -387,5 +387,57 @@ def test_a_khod_that_may_end_lets_go_of_everything(world: World, finished: bool)
         await host.close()
         assert not world.kernel.task(world.process.pid).fds
         assert world.intact(fd, process=process), "what was claimed is the claimant's"
+
+    asyncio.run(scenario())
+
+
+def test_a_disk_that_takes_no_record_costs_nobody_his_memory(world: World) -> None:
+    async def scenario() -> None:
+        await world.khod()
+        await world.register("vm-1", world.memory())
+        await jumped(world)
+        world.kernel.faults.fail("store_append", errno.ENOSPC, forever=True)
+        host = await world.khod()
+        assert host.state is State.RESTORED
+        await host.verified()
+        assert any("journal" in text for text in host.problems)
+        world.kernel.faults.clear()
+        assert (await host.claim("vm-1", owner="uid:0")).answer == "fds"
+
+    asyncio.run(scenario())
+
+
+def test_a_finish_that_fails_can_be_tried_again(world: World) -> None:
+    async def scenario() -> None:
+        await world.khod()
+        await world.register("vm-1", world.memory())
+        host = await world.jump()
+        world.kernel.faults.fail("finish", errno.EIO, nth=2)
+        with pytest.raises(MachineError):
+            await host.finish()
+        assert host.state is State.FAILED
+        await host.finish()
+        assert str(host.state) == "idle"
+        assert (await world.jump()).state is State.RESTORED
+
+    asyncio.run(scenario())
+
+
+def test_a_bug_in_khods_own_reading_ends_nobodys_memory(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a mock of the code: a defect put into it. Whatever it raises, the process that holds the memory goes on."""
+
+    def defect(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    async def scenario() -> None:
+        await world.khod()
+        await world.register("vm-1", world.memory())
+        await jumped(world)
+        monkeypatch.setattr("khod.core.incoming.validate", defect)
+        host = await world.khod()
+        assert host.state is State.FAILED
+        answer = await host.claim("vm-1", owner="uid:0", unverified=True)
+        process = world.kernel.spawn("vmm")
+        assert world.intact(process.call("descriptor", world.process.pid, answer.fds[0]), process=process)
 
     asyncio.run(scenario())

@@ -389,3 +389,62 @@ def test_a_second_abort_and_a_stray_continue_are_refused(world: World) -> None:
             await host.proceed()
 
     asyncio.run(scenario())
+
+
+def test_an_undo_that_failed_can_be_tried_again(world: World) -> None:
+    async def scenario() -> None:
+        world.plugins = [recorder := Recorder()]
+        host = await world.khod()
+        await world.register("vm-1", world.memory(), "recorder")
+        recorder.fails = {"freeze vm-1": "will not freeze", "thaw vm-1": "will not thaw"}
+        with pytest.raises(UpdateFailed):
+            await world.update()
+        assert host.state is State.FAILED
+        with pytest.raises(Refused, match="failed"):
+            await world.update()
+        recorder.fails = {}
+        assert await host.abort() == State.ABORTED
+        assert recorder.log[-1] == "thaw vm-1"
+        untouched(world)
+        assert (await world.jump()).state is State.RESTORED
+
+    asyncio.run(scenario())
+
+
+def test_after_an_abort_nothing_is_shown_as_preserved(world: World) -> None:
+    async def scenario() -> None:
+        host = await world.khod()
+        await world.register("vm-1", world.memory())
+        task = await world.held(State.FROZEN)
+        assert (await host.inspect()).source == "outgoing"
+        await host.abort()
+        await asyncio.wait([task])
+        assert (await host.inspect()).source == "none"
+        assert task.exception()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_disk_that_takes_no_record(world: World, nth: int) -> None:
+    """The first is of `preparing`, the second of `executing`: without them no step further. The last only tells what was."""
+
+    async def scenario() -> None:
+        host = await world.khod()
+        memory = world.memory()
+        await world.register("vm-1", memory)
+        world.kernel.faults.fail("store_append", errno.ENOSPC, nth=nth, forever=nth < 3)
+        if nth == 3:
+            world.kernel.faults.fail("execute", errno.EIO)
+        with pytest.raises(UpdateFailed, match=r"ENOSPC|EIO"):
+            await world.update()
+        assert not world.kernel.jumped
+        assert not world.kernel.luo.outgoing
+        world.kernel.faults.clear()
+        world.workload.truncate(memory, 2 * MIB)
+        world.workload.truncate(memory, MIB)
+        if host.state is State.FAILED:
+            await host.abort()
+        assert (await world.jump()).state is State.RESTORED
+
+    asyncio.run(scenario())

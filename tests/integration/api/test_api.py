@@ -19,7 +19,7 @@ from khod import errors
 from khod.api import faults
 from khod.api.client import Client, connect
 from khod.api.host import HostInterface
-from khod.api.server import listen
+from khod.api.listening import listen
 from khod.core.state import State
 from khod.errors import FdNotPreservable, InvalidRequest, KhodError, Lost, MachineError, NotAKernel, Refused, UpdateFailed
 from tests.integration.api.served import Served, served

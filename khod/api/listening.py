@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The socket that khod listens on, without what serves it.
+
+A daemon binds it before it retrieves anything: failing to, later, would end the process that holds everybody's memory.
+Whoever connects meanwhile waits in the backlog.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+from khod.errors import InvalidRequest, MachineError, Refused
+
+BACKLOG = 64
+
+
+def listen(path: Path) -> socket.socket:
+    """A socket that listens at `path`, for its owner alone (0600) from the first moment that it can be connected to.
+
+    A socket that nobody answers on is replaced; the directory is made if it is missing.
+    """
+    if _answers(path):
+        raise Refused(f"somebody answers at {path} already", hint="is another khod running?")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    # Bound under a name of its own and renamed when it is ready: its mode never depends on the umask, which is not ours
+    # to change in a process with threads.
+    making = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        making.unlink(missing_ok=True)
+        sock.bind(str(making))
+        making.chmod(0o600)
+        sock.listen(BACKLOG)
+        making.rename(path)
+    except OSError as error:
+        sock.close()
+        with contextlib.suppress(OSError):
+            making.unlink()
+        if error.errno is None:  # "AF_UNIX path too long": Python's own, 107 bytes are the limit
+            raise InvalidRequest(f"cannot listen at {path}: {error}", hint="choose a shorter path for the socket")
+        raise MachineError(f"cannot listen at {path}", errno=error.errno)
+    return sock
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except TimeoutError:
+            return True  # a full backlog is somebody's
+        except OSError:
+            return False
+        return True
