@@ -14,11 +14,12 @@ from khod.core import views
 from khod.core.blocking import blocking
 from khod.core.checks import blockers
 from khod.core.clients import Client
-from khod.core.driver import Drivers, Request
+from khod.core.driver import Drivers
 from khod.core.events import Broadcast
 from khod.core.history import update_view
 from khod.core.incoming import Incoming
 from khod.core.inspection import inspect_incoming, inspect_nothing, inspect_outgoing
+from khod.core.instances import Registration, instance_view, new_entry
 from khod.core.journal import Journal
 from khod.core.ports import Image, Machine
 from khod.core.registry import Entry, InstanceState, Registry
@@ -122,28 +123,7 @@ class Host:
 
     async def instances(self) -> Sequence[views.InstanceView]:
         """See Service."""
-        return [await self._instance_view(entry) for entry in self.registry]
-
-    async def _instance_view(self, entry: Entry) -> views.InstanceView:
-        detail: Mapping[str, str] = {}
-        if entry.driver is not None and entry.state.sound:
-            try:
-                detail = await entry.driver.describe(entry.view(self.machine))
-            except KhodError as error:
-                detail = {"describe": f"failed: {error}"}
-        return views.InstanceView(
-            name=entry.name,
-            driver=entry.driver_name,
-            compatible=entry.declaration.compatible,
-            owner=entry.owner,
-            required=entry.required,
-            requires=entry.requires,
-            state=entry.state,
-            size=entry.declaration.size,
-            fds=list(entry.fds),
-            detail=dict(detail),
-            problem=entry.problem,
-        )
+        return [await instance_view(self.machine, entry) for entry in self.registry]
 
     async def plan(self) -> views.PlanView:
         """See Service."""
@@ -192,47 +172,14 @@ class Host:
         try:
             async with self._lock:
                 self._require_still("register an instance")
-                entry = await self._new_entry(name, driver, fds, owner, required, tuple(requires), options or {})
+                request = Registration(name, driver, fds, owner, required, tuple(requires), options or {})
+                entry = await new_entry(self.machine, self.registry, self.drivers, request)
                 self.registry.add(entry)
         except BaseException:
             for _, fd in fds:
                 self.machine.files.close(fd)
             raise
-        return await self._instance_view(entry)
-
-    async def _new_entry(
-        self,
-        name: str,
-        driver: str,
-        fds: Sequence[tuple[str, int]],
-        owner: str,
-        required: bool,
-        requires: tuple[str, ...],
-        options: Mapping[str, str],
-    ) -> Entry:
-        self.registry.check_new(name, requires)
-        chosen = self.drivers.get(driver)
-        by_name = dict(fds)
-        if len(by_name) < len(fds):
-            raise InvalidRequest(f"{name}: two descriptors of one name among {[n for n, _ in fds]}")
-        if bad := [n for n in by_name if not n or not n.isprintable() or ":" in n]:
-            raise InvalidRequest(f"{name}: descriptor name {bad[0]!r} is empty, or has a colon or control characters in it")
-        await blocking(self._refuse_twice, name, by_name)
-        request = Request(name, by_name, dict(options))
-        declaration = await chosen.declare(self.machine, request)
-        requires = tuple(dict.fromkeys((*requires, *declaration.requires)))
-        self.registry.check_new(name, requires)
-        return Entry(name, chosen, driver, owner, required, requires, request.options, declaration, by_name)
-
-    def _refuse_twice(self, name: str, fds: Mapping[str, int]) -> None:
-        """The same file twice would be two claims to one memory."""
-        stat = self.machine.files.stat
-        holders = {stat(fd).inode: e.name for e in self.registry for fd in e.fds.values()}
-        for fd_name, fd in fds.items():
-            holder = holders.setdefault((inode := stat(fd).inode), "")
-            if holder:
-                raise Refused(f"{name}: descriptor {fd_name!r} is the same file as one of {holder}")
-            holders[inode] = name
+        return await instance_view(self.machine, entry)
 
     async def adopt(
         self,

@@ -4,11 +4,13 @@ include/uapi/linux/liveupdate.h, kexec_file_load(2), reboot(2) and memfd_create(
 
 Calls go by the names of the port methods, ``open_device`` being the open(2) that several of them begin with. What an errno
 cannot tell apart, a machine tells apart before it asks here: `session_name` checks names (EINVAL from RETRIEVE_SESSION then
-means "taken"), and `MAX_PRESERVED` the size that the kernel reports as ENOMEM.
+means "taken"), `preserve_refusal` the size that the kernel reports as ENOMEM.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from errno import (
     EACCES,
     EADDRNOTAVAIL,
@@ -18,36 +20,59 @@ from errno import (
     EFBIG,
     EINVAL,
     EIO,
+    ENODEV,
     ENOENT,
     ENOEXEC,
     ENOMEM,
     ENOSPC,
     ENOTTY,
+    ENXIO,
     EOPNOTSUPP,
     EPERM,
+    ESRCH,
 )
+from typing import TypeAlias
 
 from khod import errors
-from khod.errors import MachineError
+from khod.abi.liveupdate import LIVEUPDATE_SESSION_NAME_LENGTH
+from khod.errors import KhodError, MachineError
 
 MAX_PRESERVED = 1 << 40
 """Files of this many bytes and more are refused by Linux 7.3: the list of their folios passes INT_MAX bytes (mm/util.c)."""
-MAX_SESSION_NAME = 63
-"""LIVEUPDATE_SESSION_NAME_LENGTH less the NUL."""
+MAX_SESSION_NAME = LIVEUPDATE_SESSION_NAME_LENGTH - 1
+"""Bytes, without the NUL."""
 MAX_CMDLINE = 2047
-"""COMMAND_LINE_SIZE of x86 less the NUL."""
+"""COMMAND_LINE_SIZE of x86 less the NUL; the header of an image may name less."""
 
-_DEVICE = {
+_Kinds: TypeAlias = dict[int, type[KhodError]]
+
+_DEVICE: _Kinds = {
     ENOENT: errors.DeviceMissing,
+    ENODEV: errors.DeviceMissing,  # a node that outlived its device, or was made by hand
+    ENXIO: errors.DeviceMissing,
     EACCES: errors.DeviceForbidden,
     EPERM: errors.DeviceForbidden,
     EBUSY: errors.DeviceBusy,
     EIO: errors.DeviceBroken,
 }
-_FILE = {EBADF: errors.BadDescriptor, EPERM: errors.FileFrozen, ENOMEM: errors.OutOfMemory, ENOSPC: errors.OutOfMemory}
-_SESSION = {EBADF: errors.BadDescriptor, ENOTTY: errors.NotASession}
+_FILE: _Kinds = {
+    EBADF: errors.BadDescriptor,
+    EPERM: errors.FileFrozen,
+    ENOMEM: errors.OutOfMemory,
+    ENOSPC: errors.OutOfMemory,
+}
+_SESSION: _Kinds = {EBADF: errors.BadDescriptor, ENOTTY: errors.NotASession}
+_LOAD: _Kinds = {
+    ENOEXEC: errors.NotAKernel,
+    EADDRNOTAVAIL: errors.ImageTooLarge,
+    EINVAL: errors.ImageInvalid,
+    EBADF: errors.ImageInvalid,
+    EPERM: errors.KexecForbidden,
+    EBUSY: errors.KexecBusy,
+    ENOMEM: errors.OutOfMemory,
+}
 
-REFUSALS: dict[str, dict[int, type[MachineError]]] = {
+REFUSALS: dict[str, _Kinds] = {
     "open_device": _DEVICE,
     "create_session": {
         EINVAL: errors.SessionNameInvalid,
@@ -71,6 +96,8 @@ REFUSALS: dict[str, dict[int, type[MachineError]]] = {
     "finish": {**_SESSION, EINVAL: errors.SessionDirection},
     "session_name": _SESSION,
     "memfd": {ENOMEM: errors.OutOfMemory},
+    "window": {EBADF: errors.BadDescriptor},
+    "frames": {EBADF: errors.BadDescriptor},
     "stat": _FILE,
     "read": _FILE,
     "write": _FILE,
@@ -78,16 +105,18 @@ REFUSALS: dict[str, dict[int, type[MachineError]]] = {
     "truncate": _FILE,
     "duplicate": _FILE,
     "close": _FILE,
-    "load": {
-        ENOEXEC: errors.NotAKernel,
-        EADDRNOTAVAIL: errors.ImageTooLarge,
-        EINVAL: errors.ImageInvalid,
-        EBADF: errors.ImageInvalid,
-        EPERM: errors.KexecForbidden,
-        EBUSY: errors.KexecBusy,
-        ENOMEM: errors.OutOfMemory,
-    },
+    "adopt": _FILE,
+    "export": _FILE,
+    "load": _LOAD,
+    "unload": _LOAD,
     "execute": {EINVAL: errors.NothingLoaded, EPERM: errors.KexecForbidden, EBUSY: errors.KexecBusy},
+    "descriptor": {
+        ESRCH: errors.InvalidRequest,
+        EINVAL: errors.InvalidRequest,  # a thread's number is no process
+        EBADF: errors.InvalidRequest,
+        EPERM: errors.NotPermitted,
+        EACCES: errors.NotPermitted,
+    },
 }
 _OTHERWISE: dict[str, type[MachineError]] = {
     # A handler that failed once fails with the same errno for ever, whichever it was: the class says what is lost.
@@ -97,10 +126,33 @@ _OTHERWISE: dict[str, type[MachineError]] = {
 }
 
 
-def refusal(call: str, errno: int, what: str, *, hint: str | None = None) -> MachineError:
-    """The exception for `errno` from `call`; `what` names the operands, for people. Plain MachineError when undocumented."""
+def refusal(call: str, errno: int, what: str, *, hint: str | None = None) -> KhodError:
+    """The exception for `errno` from `call`; `what` names the operands, for people. Plain MachineError when undocumented.
+
+    `hint` takes the place of the class's own. A MachineError adds the words for the errno to `what`; others do not.
+    """
     kind = REFUSALS.get(call, {}).get(errno) or _OTHERWISE.get(call, MachineError)
-    return kind(f"{call}: {what}", errno=errno, hint=hint)
+    message = f"{call}: {what}"
+    if issubclass(kind, MachineError):
+        return kind(message, errno=errno, hint=hint)
+    return kind(message, hint=hint or "")
+
+
+def preserve_refusal(errno: int, what: str, size: int) -> KhodError:
+    """`refusal` of preserve_fd for a file of `size` bytes: Linux says ENOMEM of a file whose list of folios is too long, as
+    of one that memory does not hold."""
+    if errno == ENOMEM and size >= MAX_PRESERVED:
+        return errors.FileTooLarge(f"preserve_fd: {what}", errno=errno)
+    return refusal("preserve_fd", errno, what)
+
+
+@contextmanager
+def refused(call: str, what: str) -> Iterator[None]:
+    """Raise `refusal` of `call` for an OSError that leaves the block."""
+    try:
+        yield
+    except OSError as error:
+        raise refusal(call, error.errno or 0, what)
 
 
 def session_name(name: str) -> bytes:
@@ -111,11 +163,11 @@ def session_name(name: str) -> bytes:
     return raw
 
 
-def command_line(text: str) -> str:
-    """`text`, if the kernel takes it as its command line. Raises ImageInvalid."""
+def command_line(text: str, longest: int = MAX_CMDLINE) -> str:
+    """`text`, if a kernel that takes `longest` bytes takes it as its command line. Raises ImageInvalid."""
     raw = text.encode("utf-8", "surrogateescape")
-    if len(raw) > MAX_CMDLINE:
-        raise errors.ImageInvalid(f"command line of {len(raw)} bytes: the kernel takes {MAX_CMDLINE}")
+    if len(raw) > longest:
+        raise errors.ImageInvalid(f"command line of {len(raw)} bytes: the kernel takes {longest}")
     if b"\0" in raw:
         raise errors.ImageInvalid("command line with a NUL in it")
     return text

@@ -448,3 +448,76 @@ def test_a_disk_that_takes_no_record(world: World, nth: int) -> None:
         assert (await world.jump()).state is State.RESTORED
 
     asyncio.run(scenario())
+
+
+def test_the_same_file_is_registered_once(world: World) -> None:
+    async def scenario() -> None:
+        host = await world.khod()
+        fd = world.memory()
+        await world.register("vm-1", fd)
+        with pytest.raises(Refused, match="same file as one of vm-1"):
+            await world.register("vm-2", world.workload.reopen(fd))
+        twice = [("a", world.workload.give(fd, world.process)), ("b", world.workload.give(fd, world.process))]
+        await host.unregister("vm-1")
+        with pytest.raises(Refused, match="'b' is the same file as one of vm-3"):
+            await host.register("vm-3", "guestmemfd", twice, owner="uid:0")
+        assert len(host.registry) == 0
+        assert not world.kernel.task(world.process.pid).fds, "a registration that is refused leaves no descriptor"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", ["hugetlb", "guest_memfd", "iommufd", "vfio", "other"])
+def test_guestmemfd_turns_down_what_linux_does_not_preserve(world: World, kind: str) -> None:
+    async def scenario() -> None:
+        await world.khod()
+        with pytest.raises(Refused, match=kind) as caught:
+            await world.register("vm-1", world.workload.special(kind, 2 * MIB))
+        assert caught.value.hint
+
+    asyncio.run(scenario())
+
+
+def test_guestmemfd_turns_down_what_would_come_back_otherwise(world: World) -> None:
+    async def scenario() -> None:
+        await world.khod()
+        with pytest.raises(Refused, match="F_SEAL_EXEC"):
+            await world.register("vm-1", world.workload.memfd(MIB, noexec=True))
+        with pytest.raises(Refused, match="1099511627776"):
+            await world.register("vm-1", world.workload.memfd(1 << 40))
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 4097, 3 * MIB + 5])
+def test_sizes_of_every_kind_come_through(world: World, size: int) -> None:
+    async def scenario() -> None:
+        await world.khod()
+        fd = world.workload.memfd(size)
+        world.workload.write(fd, 0, b"x" * min(size, 5000))
+        await world.register("vm-1", fd)
+        await world.register("vm-2", world.memory())
+        host = await world.jump()
+        await host.verified()
+        assert not host.problems
+        assert host.machine.files.stat(world.process_fd("vm-1")).size == size
+        assert host.machine.files.read(world.process_fd("vm-1"), 0, 5000) == b"x" * min(size, 5000)
+
+    asyncio.run(scenario())
+
+
+def test_seals_come_through_even_those_set_after_the_preserve(world: World) -> None:
+    async def scenario() -> None:
+        host = await world.khod()
+        fd = world.memory()
+        world.workload.call("add_seals", fd, 0x2)
+        await world.register("vm-1", fd)
+        task = await world.held(State.PREPARED)
+        world.workload.call("add_seals", fd, 0x4)
+        await host.proceed()
+        await asyncio.wait([task])
+        world.boot()
+        host = await world.khod()
+        assert host.machine.files.stat(world.process_fd("vm-1")).seals & 0x6 == 0x6
+
+    asyncio.run(scenario())

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Images of kernels in files of the host, checked and held open (decision 11).
+
+The one module of the core that opens files itself, with open(2) and pread(2) alone: an image is a plain file of the host for
+both machines, and both must refuse the same ones before anything is frozen.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from khod.abi import bzimage
+from khod.core.ports import Image
+from khod.core.refusals import MAX_CMDLINE, command_line
+from khod.errors import FormatError, InvalidRequest, NotAKernel, Refused
+
+_CHUNK = 1 << 20
+
+
+def open_image(kernel: str, initrd: str, cmdline: str) -> Image:
+    """Open and check what `khod.core.ports.Kexec.open` is asked for. The caller owns it, and ends it with `close_image`.
+
+    Raises InvalidRequest, NotAKernel, ImageInvalid, and leaves nothing open then.
+    """
+    opened: list[int] = []
+    try:
+        opened.append(_open(kernel, "kernel"))
+        _check(kernel, opened[0], cmdline)
+        if initrd:
+            opened.append(_open(initrd, "initrd"))
+        digest, size = _digest(opened)
+    except BaseException:
+        _close(opened)
+        raise
+    return Image(kernel, initrd, cmdline, opened[0], opened[1] if initrd else -1, digest, size)
+
+
+def close_image(image: Image) -> None:
+    """Close its files."""
+    _close(_files(image))
+
+
+def check_unchanged(image: Image) -> None:
+    """Raises Refused when the open files hold other bytes than when they were opened."""
+    if _digest(_files(image)) != (image.sha256, image.size):
+        names = " or ".join(filter(None, (image.kernel, image.initrd)))
+        raise Refused(f"{names} changed since it was checked", hint="load it again, so that what is booted is what was meant")
+
+
+def _files(image: Image) -> list[int]:
+    return [fd for fd in (image.kernel_fd, image.initrd_fd) if fd >= 0]
+
+
+def _open(path: str, what: str) -> int:
+    try:
+        # O_NONBLOCK: it may be a FIFO, which nobody writes to.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InvalidRequest(f"cannot read the {what} {path!r}: {reason}")
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise InvalidRequest(f"the {what} {path!r} is not a regular file")
+    return fd
+
+
+def _check(path: str, fd: int, cmdline: str) -> None:
+    """Refuse now what kexec_file_load would refuse after everybody was frozen."""
+    try:
+        header = bzimage.parse(os.pread(fd, bzimage.HEADER_SIZE, 0))
+    except FormatError as error:
+        raise NotAKernel(f"{path}: {error}")
+    if header.objection:
+        raise NotAKernel(f"{path}: {header.objection}")
+    command_line(cmdline, min(MAX_CMDLINE, header.cmdline_size))
+
+
+def _digest(fds: list[int]) -> tuple[str, int]:
+    """SHA-256 and size of the bytes of all files, one after the other."""
+    import hashlib  # dear to import, and not needed on the way back up
+
+    digest, size = hashlib.sha256(), 0
+    for fd in fds:
+        offset = 0
+        while chunk := os.pread(fd, _CHUNK, offset):
+            digest.update(chunk)
+            offset += len(chunk)
+        size += offset
+    return digest.hexdigest(), size
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
