@@ -1,20 +1,33 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The setup header of an x86 kernel image (Documentation/arch/x86/boot.rst, arch/x86/kernel/kexec-bzimage64.c)."""
+"""The setup header of an x86 kernel image: ``struct setup_header`` of arch/x86/include/uapi/asm/bootparam.h.
+
+Offsets are those of the file (Documentation/arch/x86/boot.rst).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from struct import Struct
 
 from khod.errors import FormatError
 
-HEADER_SIZE = 0x1000
-"""Bytes of the file's beginning that `parse` wants; the header itself ends before 0x280, the release text is beyond."""
+HEADER_SIZE = 0x20000
+"""Bytes of the file's beginning that `parse` wants: boot sector and as many setup sectors as there can be (u8 setup_sects).
+The release text is anywhere in them."""
+LOADED_HIGH = 1 << 0
+XLF_KERNEL_64 = 1 << 0
+XLF_CAN_BE_LOADED_ABOVE_4G = 1 << 1
+
+_END = 0x264
 _BOOT_FLAG = 0x1FE, b"\x55\xaa"
 _MAGIC = 0x202, b"HdrS"
-_PROTOCOL = 0x206
-_RELEASE = 0x20E
+_LOADFLAGS = 0x211
+_VERSION = Struct("<H"), 0x206
+_RELEASE = Struct("<H"), 0x20E
+_XLOADFLAGS = Struct("<H"), 0x236
+_CMDLINE_SIZE = Struct("<I"), 0x238
+_INIT_SIZE = Struct("<I"), 0x260
 _RELEASE_BASE = 0x200
-_INIT_SIZE = 0x260
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,25 +35,48 @@ class SetupHeader:
     """What khod wants to know of an image before it asks the kernel to load it."""
 
     protocol: int
-    """Boot protocol version, major in the high byte."""
+    """Version of the boot protocol, major in the high byte: 0x20f for 2.15."""
     release: str
     """What the image says it is (``uname -r`` first, then who built it), '' when it does not."""
+    xloadflags: int
+    cmdline_size: int
+    """The longest command line in bytes, without its NUL."""
     init_size: int
-    """Bytes of contiguous memory that the kernel needs to start; 0 when the header is too old or too short to say."""
+    """Bytes of contiguous memory that the kernel needs to unpack itself."""
+
+    @property
+    def objection(self) -> str:
+        """Why kexec_file_load will not take it; '' when it will (arch/x86/kernel/kexec-bzimage64.c, bzImage64_probe)."""
+        if self.protocol < 0x20C:
+            return f"boot protocol {self.protocol >> 8}.{self.protocol & 0xFF:02} is older than 2.12"
+        if not self.xloadflags & XLF_KERNEL_64:
+            return "it is not a 64-bit kernel"
+        if not self.xloadflags & XLF_CAN_BE_LOADED_ABOVE_4G:
+            return "it cannot be loaded above 4 GiB (built without CONFIG_RELOCATABLE=y)"
+        return ""
 
 
 def parse(head: bytes) -> SetupHeader:
-    """Read the header from the first bytes of a file (`HEADER_SIZE` of them, fewer if it is shorter).
-
-    Raises FormatError when the two marks that kexec_file_load looks for first are not there.
-    """
+    """Read the header from the first `HEADER_SIZE` bytes of a file. Raises FormatError when that is no bzImage."""
+    if len(head) < _END:
+        raise FormatError(f"it ends after {len(head)} bytes, before the end of a kernel's header")
     for where, mark in (_BOOT_FLAG, _MAGIC):
-        if head[where : where + len(mark)] != mark:
-            raise FormatError(f"no kernel image: {mark!r} expected at {where:#x}, found {head[where : where + len(mark)]!r}")
-    release = int.from_bytes(head[_RELEASE : _RELEASE + 2], "little")
+        if (found := head[where : where + len(mark)]) != mark:
+            raise FormatError(f"it has no kernel header: {found!r} at {where:#x}, where {mark!r} belongs")
+    if not head[_LOADFLAGS] & LOADED_HIGH:
+        raise FormatError("it is a zImage, not a bzImage")
+    release = _number(head, _RELEASE)
     text = head[release + _RELEASE_BASE :].split(b"\0", 1)[0] if release else b""
     return SetupHeader(
-        protocol=int.from_bytes(head[_PROTOCOL : _PROTOCOL + 2], "little"),
+        protocol=_number(head, _VERSION),
         release=text.decode("ascii", "replace"),
-        init_size=int.from_bytes(head[_INIT_SIZE : _INIT_SIZE + 4], "little"),
+        xloadflags=_number(head, _XLOADFLAGS),
+        cmdline_size=_number(head, _CMDLINE_SIZE),
+        init_size=_number(head, _INIT_SIZE),
     )
+
+
+def _number(head: bytes, field: tuple[Struct, int]) -> int:
+    layout, offset = field
+    (value,) = layout.unpack_from(head, offset)
+    return int(value)

@@ -7,13 +7,12 @@ import errno
 import fcntl
 import os
 import stat as st
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from khod.abi.liveupdate import SESSION_LINK_PREFIX
 from khod.core.ports import WINDOW, FileStat
-from khod.errors import BadDescriptor, FileFrozen, MachineError
+from khod.core.refusals import refused
 
 F_ADD_SEALS = 1033
 F_GET_SEALS = 1034
@@ -32,7 +31,7 @@ class KernelFiles:
     def memfd(self, name: str, size: int) -> int:
         """See the port."""
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        with _said(f"make memfd {name!r} of {size} bytes"):
+        with refused("memfd", f"{name!r} of {size} bytes"):
             try:
                 fd = os.memfd_create(name, flags | MFD_EXEC)
             except OSError as e:
@@ -49,7 +48,7 @@ class KernelFiles:
 
     def stat(self, fd: int) -> FileStat:
         """See the port."""
-        with _said(f"look at descriptor {fd}"):
+        with refused("stat", f"descriptor {fd}"):
             status = os.fstat(fd)
             flags = fcntl.fcntl(fd, fcntl.F_GETFL)
             seals = _seals(fd)
@@ -69,7 +68,7 @@ class KernelFiles:
     def read(self, fd: int, offset: int, length: int) -> bytes:
         """See the port."""
         parts = []
-        with _said(f"read {length} bytes of descriptor {fd} at {offset}"):
+        with refused("read", f"descriptor {fd}, {length} bytes at {offset}"):
             while length and (part := os.pread(fd, length, offset)):
                 parts.append(part)
                 offset += len(part)
@@ -79,52 +78,41 @@ class KernelFiles:
     def write(self, fd: int, offset: int, data: bytes | memoryview) -> None:
         """See the port."""
         view = memoryview(data).cast("B")
-        with _said(f"write {len(view)} bytes to descriptor {fd} at {offset}"):
+        with refused("write", f"descriptor {fd}, {len(view)} bytes at {offset}"):
             while view:
                 done = os.pwrite(fd, view, offset)
                 view, offset = view[done:], offset + done
 
     def add_seals(self, fd: int, seals: int) -> None:
         """See the port."""
-        with _said(f"add seals {seals:#x} to descriptor {fd}"):
+        with refused("add_seals", f"descriptor {fd}, seals {seals:#x}"):
             fcntl.fcntl(fd, F_ADD_SEALS, seals)
 
     def truncate(self, fd: int, size: int) -> None:
         """See the port."""
-        with _said(f"set the size of descriptor {fd} to {size}"):
+        with refused("truncate", f"descriptor {fd} to {size} bytes"):
             os.ftruncate(fd, size)
 
     def duplicate(self, fd: int) -> int:
         """See the port."""
-        with _said(f"duplicate descriptor {fd}"):
+        with refused("duplicate", f"descriptor {fd}"):
             return os.dup(fd)
 
     def close(self, fd: int) -> None:
         """See the port."""
-        with _said(f"close descriptor {fd}"):
+        with refused("close", f"descriptor {fd}"):
             os.close(fd)
 
     def adopt(self, real: int) -> int:
         """See the port."""
-        with _said(f"adopt descriptor {real}"):
+        with refused("adopt", f"descriptor {real}"):
             os.set_inheritable(real, False)
         return real
 
     def export(self, fd: int) -> int:
         """See the port."""
-        return self.duplicate(fd)
-
-
-@contextmanager
-def _said(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        if e.errno == errno.EBADF:
-            raise BadDescriptor(what)
-        if e.errno == errno.EPERM:
-            raise FileFrozen(what)
-        raise MachineError(what, errno=e.errno)
+        with refused("export", f"descriptor {fd}"):
+            return os.dup(fd)
 
 
 def _seals(fd: int) -> int | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from khod.errors import SyncFailed
+from khod.core.refusals import refusal
 
 # fmt: off
 IN_MEMORY = frozenset({
@@ -80,7 +80,7 @@ def _sync(mounts: list[Mount]) -> None:
             finally:
                 os.close(fd)
         except OSError as e:
-            raise SyncFailed(f"write out {mount.point} ({mount.kind})", errno=e.errno)
+            raise refusal("sync", e.errno or 0, f"{mount.point} ({mount.kind})")
         return
 
 

@@ -7,7 +7,6 @@ gigabytes, by numpy. `pages` is the way after it: a sample, before numpy would e
 
 from __future__ import annotations
 
-import errno
 import os
 from array import array
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from khod.core.ports import WINDOW, FolioWindow
-from khod.errors import BadDescriptor, MachineError
+from khod.core.refusals import refused
+from khod.errors import MachineError
 from khod.folio.units import PAGE_SHIFT, PAGE_SIZE, Folio
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class KernelFrames:
         """See the port."""
         size = _size(fd)
         for offset in range(0, size, WINDOW):
-            with _said(f"learn the frames of descriptor {fd} at {offset:#x}"):
+            with refused("window", f"descriptor {fd} at {offset:#x}"):
                 yield _window(fd, offset, min(WINDOW, size - offset))
 
     def pages(self, fd: int, indices: Sequence[int]) -> list[tuple[int, Folio]]:
@@ -54,7 +54,7 @@ class KernelFrames:
 
         size = _size(fd)
         found = []
-        with _said(f"learn the frames of {len(indices)} pages of descriptor {fd}"), _opened("kpageflags") as flags:
+        with refused("frames", f"{len(indices)} pages of descriptor {fd}"), _opened("kpageflags") as flags:
             for index in indices:
                 offset = index << PAGE_SHIFT
                 if not 0 <= offset < size:
@@ -68,7 +68,7 @@ class KernelFrames:
 
 def _size(fd: int) -> int:
     """Of a file without holes. Looking a hole up would fill it: with memory that nobody has reckoned with."""
-    with _said(f"look at descriptor {fd}"):
+    with refused("stat", f"descriptor {fd}"):
         status = os.fstat(fd)
     if status.st_blocks * 512 < -(-status.st_size // PAGE_SIZE) * PAGE_SIZE:
         raise MachineError(f"descriptor {fd} has holes", hint="only a preserved file has a frame for each page")
@@ -201,11 +201,3 @@ def _opened(name: str) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-@contextmanager
-def _said(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise (BadDescriptor if e.errno == errno.EBADF else MachineError)(what, errno=e.errno)

@@ -13,35 +13,13 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
 
 from khod.abi import liveupdate as abi
-from khod.errors import (
-    AlreadyPreserved,
-    BadDescriptor,
-    DeviceBroken,
-    DeviceBusy,
-    DeviceForbidden,
-    DeviceMissing,
-    FdNotPreservable,
-    FileTooLarge,
-    MachineError,
-    NotASession,
-    OutOfMemory,
-    RetrieveFailed,
-    SealsUnknown,
-    SessionDirection,
-    SessionExists,
-    SessionNameInvalid,
-    SessionTaken,
-    SessionUnknown,
-    TokenExists,
-    TokenUnknown,
-    TooManyPreserved,
-)
+from khod.core.refusals import MAX_PRESERVED, REFUSALS, preserve_refusal, refusal, refused, session_name
+from khod.errors import DeviceBusy, DeviceMissing, FileTooLarge, KhodError, OutOfMemory
 from khod.kernel import diagnosis
 from khod.kernel.memory import KernelMemory
 from khod.kernel.preserver import Preserver
@@ -52,46 +30,6 @@ BUSY_PATIENCE = 5.0
 
 FLOOR = 256 << 20
 """Bytes (or a 32nd of memory, if that is less) that filling holes must leave, or the machine thrashes."""
-
-LARGEST = 1 << 40
-"""From here on Linux 7.3 says ENOMEM, with a warning in its log, however much memory there is: the array of the file's
-folios (mm/memfd_luo.c) is larger than it allocates."""
-
-_Table: TypeAlias = Mapping[int, type[MachineError]]
-
-# Documentation: include/uapi/linux/liveupdate.h; each row was seen on Linux 7.3.
-_OPEN: _Table = {
-    errno.ENOENT: DeviceMissing,
-    errno.ENODEV: DeviceMissing,
-    errno.ENXIO: DeviceMissing,
-    errno.EACCES: DeviceForbidden,
-    errno.EPERM: DeviceForbidden,
-    errno.EBUSY: DeviceBusy,
-    errno.EIO: DeviceBroken,
-}
-_CREATE: _Table = {
-    errno.EINVAL: SessionNameInvalid,
-    errno.EEXIST: SessionExists,
-    errno.ENOSPC: TooManyPreserved,
-    errno.ENOMEM: OutOfMemory,
-}
-_RETRIEVE: _Table = {errno.ENOENT: SessionUnknown, errno.EINVAL: SessionTaken, errno.ENOMEM: OutOfMemory}
-_SESSION: _Table = {errno.EBADF: BadDescriptor, errno.ENOTTY: NotASession, errno.EINVAL: SessionDirection}
-_PRESERVE: _Table = {
-    **_SESSION,
-    errno.ENOENT: FdNotPreservable,
-    errno.EEXIST: TokenExists,
-    errno.EBUSY: AlreadyPreserved,
-    errno.EFBIG: FileTooLarge,
-    errno.EOPNOTSUPP: SealsUnknown,
-    errno.ENOSPC: TooManyPreserved,
-    errno.ENOMEM: OutOfMemory,
-}
-_RETRIEVE_FD: _Table = {**_SESSION, errno.ENOENT: TokenUnknown}
-
-
-def _error(number: int, message: str, table: _Table, other: type[MachineError] = MachineError) -> MachineError:
-    return table.get(number, other)(message, errno=number)
 
 
 class KernelLiveUpdate:
@@ -117,61 +55,50 @@ class KernelLiveUpdate:
 
     def create_session(self, name: str) -> int:
         """See the port."""
-        argument = self._named(name)
-        with self._opened() as device, _said(f"create session {name!r}", _CREATE):
+        argument = abi.named(session_name(name))
+        with self._opened() as device, refused("create_session", f"session {name!r}"):
             fcntl.ioctl(device, abi.LIVEUPDATE_IOCTL_CREATE_SESSION, argument)
             return _owned(abi.fd_of(argument))
 
     def retrieve_session(self, name: str) -> int:
         """See the port."""
-        argument = self._named(name)
-        with self._opened() as device, _said(f"retrieve session {name!r}", _RETRIEVE):
+        argument = abi.named(session_name(name))
+        with self._opened() as device, refused("retrieve_session", f"session {name!r}"):
             fcntl.ioctl(device, abi.LIVEUPDATE_IOCTL_RETRIEVE_SESSION, argument)
             return _owned(abi.fd_of(argument))
 
     def preserve_fd(self, session: int, fd: int, token: int) -> None:
         """See the port."""
-        what = f"preserve descriptor {fd} in session {session} under token {token:#x}"
-        with _said(what, _PRESERVE):
+        what = f"descriptor {fd} as token {token:#x} of session {session}"
+        with refused("preserve_fd", what):
             _check_session(session)
             status = os.fstat(fd)
             _check_memory(what, status)
             number = self._preserver.preserve(session, fd, token)
-        if number == errno.ENOMEM and status.st_size >= LARGEST:
-            raise FileTooLarge(what)
         if number:
-            raise _error(number, what, _PRESERVE)
+            raise preserve_refusal(number, what, status.st_size)
 
     def retrieve_fd(self, session: int, token: int) -> int:
         """See the port."""
         argument = abi.file(-1, token)
-        with _said(f"retrieve token {token:#x} from session {session}", _RETRIEVE_FD, RetrieveFailed):
+        with refused("retrieve_fd", f"token {token:#x} of session {session}"):
             _check_session(session)
             fcntl.ioctl(session, abi.LIVEUPDATE_SESSION_RETRIEVE_FD, argument)
             return _owned(abi.fd_of(argument))
 
     def finish(self, session: int) -> None:
         """See the port."""
-        with _said(f"finish session {session}", _SESSION):
+        with refused("finish", f"session {session}"):
             _check_session(session)
             fcntl.ioctl(session, abi.LIVEUPDATE_SESSION_FINISH, abi.finish())
 
     def session_name(self, session: int) -> str:
         """See the port."""
         argument = abi.named()
-        with _said(f"ask session {session} for its name", _SESSION):
+        with refused("session_name", f"descriptor {session}"):
             _check_session(session)
             fcntl.ioctl(session, abi.LIVEUPDATE_SESSION_GET_NAME, argument)
-        return os.fsdecode(abi.name_of(argument))
-
-    def _named(self, name: str) -> bytearray:
-        encoded = os.fsencode(name)
-        try:
-            if not encoded:
-                raise ValueError("a session needs a name")
-            return abi.named(encoded)
-        except ValueError as e:
-            raise SessionNameInvalid(f"session name {name!r}", hint=str(e))
+        return abi.name_of(argument).decode("utf-8", "surrogateescape")
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
@@ -197,23 +124,13 @@ class KernelLiveUpdate:
             time.sleep(min(pause, left))
             pause = min(pause * 2, 0.1)
 
-    def _refusal(self, number: int) -> MachineError:
-        kind = _OPEN.get(number, MachineError)
+    def _refusal(self, number: int) -> KhodError:
+        kind, what, hint = REFUSALS["open_device"].get(number), self._device, None
         if kind is DeviceMissing:
-            return DeviceMissing(f"open {self._device}", errno=number, hint=diagnosis.why_missing())
-        if kind is DeviceBusy:
-            holders = ", ".join(diagnosis.holders(self._device)) or "a process that we may not look at"
-            return DeviceBusy(f"open {self._device}, which {holders} holds open", errno=number)
-        return kind(f"open {self._device}", errno=number)
-
-
-@contextmanager
-def _said(what: str, table: _Table, other: type[MachineError] = MachineError) -> Iterator[None]:
-    """Translate the OSErrors of the block, once."""
-    try:
-        yield
-    except OSError as e:
-        raise _error(e.errno or 0, what, table, other)
+            hint = diagnosis.why_missing()
+        elif kind is DeviceBusy:
+            what += f", which {', '.join(diagnosis.holders(self._device)) or 'a process that we may not look at'} holds open"
+        return refusal("open_device", number, what, hint=hint)
 
 
 def _check_memory(what: str, status: os.stat_result) -> None:
@@ -223,8 +140,9 @@ def _check_memory(what: str, status: os.stat_result) -> None:
     spare = figures.available - figures.cma_free - min(figures.total // 32, FLOOR)
     holes = status.st_size - status.st_blocks * 512
     if holes > spare and stat.S_ISREG(status.st_mode):
-        kind = FileTooLarge if status.st_size >= LARGEST else OutOfMemory
-        raise kind(f"{what}: it has {holes} bytes of holes to fill, and {max(spare, 0)} bytes of memory are to spare")
+        kind = FileTooLarge if status.st_size >= MAX_PRESERVED else OutOfMemory
+        room = f"{holes} bytes of holes to fill, and {max(spare, 0)} bytes of memory are to spare"
+        raise kind(f"preserve_fd: {what}: it has {room}")
 
 
 def _check_session(fd: int) -> None:

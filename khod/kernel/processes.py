@@ -8,10 +8,17 @@ import os
 from pathlib import Path
 
 from khod.core.ports import Process
-from khod.errors import InvalidRequest, MachineError, NotPermitted
+from khod.core.refusals import refusal
+from khod.errors import KhodError
 
 PF_KTHREAD = 0x00200000
 """include/linux/sched.h: the process is the kernel's own."""
+
+_WORDS = {
+    errno.ESRCH: "there is no such process",
+    errno.EINVAL: "there is no such process",
+    errno.EBADF: "it has no such descriptor",
+}
 
 
 class KernelProcesses:
@@ -27,7 +34,6 @@ class KernelProcesses:
         """See the port."""
         from khod.kernel.libc import pidfd_getfd  # ctypes
 
-        what = f"take descriptor {fd} of process {pid}"
         try:
             pidfd = os.pidfd_open(pid)
             try:
@@ -35,14 +41,13 @@ class KernelProcesses:
             finally:
                 os.close(pidfd)
         except OSError as e:
-            match e.errno:
-                case errno.ESRCH | errno.EINVAL:
-                    raise InvalidRequest(f"{what}: there is no such process")
-                case errno.EBADF:
-                    raise InvalidRequest(f"{what}: it has no such descriptor")
-                case errno.EPERM | errno.EACCES:
-                    raise NotPermitted(f"{what}: not allowed", hint="it takes the right to trace that process (ptrace)")
-            raise MachineError(what, errno=e.errno)
+            raise _refusal(e.errno or 0, pid, fd)
+
+
+def _refusal(number: int, pid: int, fd: int) -> KhodError:
+    what = f"number {fd} of process {pid}: {_WORDS.get(number, os.strerror(number))}"
+    hint = "it takes the right to trace that process (ptrace)" if number in (errno.EPERM, errno.EACCES) else None
+    return refusal("descriptor", number, what, hint=hint)
 
 
 def _user_process(pid: int) -> Process | None:

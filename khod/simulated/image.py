@@ -8,6 +8,7 @@ import struct
 from dataclasses import replace
 
 from khod.abi import bzimage
+from khod.core.refusals import MAX_CMDLINE
 from khod.simulated.layout import Release
 
 _TEXT = 0x400
@@ -23,7 +24,10 @@ def build(release: Release | None = None) -> bytes:
     head[0x202:0x206] = b"HdrS"
     struct.pack_into("<H", head, 0x206, 0x20F)
     struct.pack_into("<H", head, 0x20E, _TEXT - 0x200)
+    head[0x211] = bzimage.LOADED_HIGH
     struct.pack_into("<I", head, 0x230, 1 << 21)
+    struct.pack_into("<H", head, 0x236, bzimage.XLF_KERNEL_64 | bzimage.XLF_CAN_BE_LOADED_ABOVE_4G)
+    struct.pack_into("<I", head, 0x238, MAX_CMDLINE)
     struct.pack_into("<I", head, 0x260, kernel.kernel_size)
     strings = (kernel.release, f"{kernel.kho}", kernel.luo, kernel.memfd)
     return bytes(head) + b"\0".join(text.encode() for text in strings) + b"\0"

@@ -16,12 +16,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from khod.core import ports
+from khod.core import images, ports
 from khod.core.ports import WINDOW, Boot, FileStat, FolioWindow, Image, Machine, MemoryFigures, Stamp
-from khod.core.refusals import MAX_PRESERVED, REFUSALS, refusal, session_name
-from khod.errors import FileTooLarge, InvalidRequest, NotPermitted
+from khod.core.refusals import REFUSALS, preserve_refusal, refusal, session_name
 from khod.folio.units import Folio, Range
-from khod.simulated import images
 from khod.simulated.faults import OpenFailed
 from khod.simulated.process import Process, RealFd
 
@@ -34,17 +32,16 @@ class _Port:
 
     process: Process
 
-    def _call(self, what: str, name: str, *args: Any, refused: str = "") -> Any:
-        """Call `name`; a failure becomes the exception of the call `refused` (by default the same), about `what`."""
+    def _call(self, what: str, name: str, *args: Any) -> Any:
+        """Call `name`; a failure becomes its exception, about `what`."""
         try:
             return self.process.call(name, *args)
         except OpenFailed as error:
             raise refusal("open_device", error.errno or 0, f"/dev/liveupdate: {error.strerror}")
         except OSError as error:
-            call, number = refused or name, error.errno or 0
-            if name in _DEVICE_CALLS and number not in REFUSALS.get(name, {}):
-                call = "open_device"
-            raise refusal(call, number, f"{what}: {error.strerror}")
+            number = error.errno or 0
+            opening = name in _DEVICE_CALLS and number not in REFUSALS.get(name, {})
+            raise refusal("open_device" if opening else name, number, f"{what}: {error.strerror}")
 
 
 class LiveUpdate(_Port):
@@ -64,10 +61,8 @@ class LiveUpdate(_Port):
             self.process.call("preserve_fd", session, fd, token, True)
         except OSError as error:
             what = f"descriptor {fd} as token {token} of session {session}: {error.strerror}"
-            # Linux says ENOMEM of a file whose list of folios is too long, as of one that memory does not hold.
-            if error.errno == errno.ENOMEM and self.process.call("stat", fd)["size"] >= MAX_PRESERVED:
-                raise FileTooLarge(f"preserve_fd: {what}", errno=errno.ENOMEM)
-            raise refusal("preserve_fd", error.errno or 0, what)
+            size = self.process.call("stat", fd)["size"] if error.errno == errno.ENOMEM else 0
+            raise preserve_refusal(error.errno or 0, what, size)
 
     def retrieve_fd(self, session: int, token: int) -> int:
         return int(self._call(f"token {token} of session {session}", "retrieve_fd", session, token))
@@ -172,7 +167,7 @@ class Kexec(_Port):
         self._call(image.kernel, "load", RealFd(image.kernel_fd), initrd, image.cmdline)
 
     def unload(self) -> None:
-        self._call("image", "unload", refused="load")
+        self._call("image", "unload")
 
     def loaded(self) -> bool:
         return bool(self._call("image", "loaded"))
@@ -226,14 +221,7 @@ class Processes(_Port):
         return tuple(ports.Process(pid, name) for pid, name in self._call("processes", "listing"))
 
     def descriptor(self, pid: int, fd: int) -> int:
-        try:
-            return int(self.process.call("descriptor", pid, fd))
-        except OSError as error:
-            if error.errno in (errno.ESRCH, errno.EBADF):
-                raise InvalidRequest(f"process {pid}, descriptor {fd}: {error.strerror}")
-            if error.errno == errno.EPERM:
-                raise NotPermitted(f"process {pid}, descriptor {fd}: {error.strerror}")
-            raise refusal("descriptor", error.errno or 0, f"process {pid}, descriptor {fd}: {error.strerror}")
+        return int(self._call(f"number {fd} of process {pid}", "descriptor", pid, fd))
 
 
 def machine(process: Process) -> Machine:

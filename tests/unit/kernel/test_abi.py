@@ -58,54 +58,6 @@ def test_kexec_metadata_of_another_version_is_not_guessed(blob: bytes) -> None:
     assert kexec_metadata.decode(blob) is None
 
 
-def header(**changes: tuple[int, bytes]) -> bytes:
-    """The first bytes of a bzImage, with changes as NAME=(offset, bytes)."""
-    head = bytearray(bootparam.HEADER_BYTES)
-    head[0x1FE:0x200] = b"\x55\xaa"
-    head[0x202:0x206] = b"HdrS"
-    struct.pack_into("<H", head, 0x206, 0x20F)
-    head[0x211] = 1
-    struct.pack_into("<H", head, 0x236, 0x7F)
-    struct.pack_into("<I", head, 0x238, 2047)
-    struct.pack_into("<I", head, 0x260, 0x12E1000)
-    for offset, data in changes.values():
-        head[offset : offset + len(data)] = data
-    return bytes(head)
-
-
-def test_setup_header() -> None:
-    found = bootparam.decode(header())
-    assert found == bootparam.SetupHeader(0x20F, 0x7F, 2047, 0x12E1000)
-    assert found.objection == ""
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"magic": (0x202, b"HdrX")}, "HdrS"),
-        ({"flag": (0x1FE, b"\0\0")}, "HdrS"),
-        ({"low": (0x211, b"\0")}, "zImage"),
-    ],
-)
-def test_not_a_bzimage(changes: dict[str, tuple[int, bytes]], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        bootparam.decode(header(**changes))
-    with pytest.raises(ValueError, match="ends after"):
-        bootparam.decode(header()[:-1])
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"old": (0x206, b"\x0b\x02")}, "2.11"),
-        ({"flags": (0x236, b"\x02\0")}, "64-bit"),
-        ({"flags": (0x236, b"\x01\0")}, "CONFIG_RELOCATABLE"),
-    ],
-)
-def test_a_bzimage_that_kexec_would_refuse(changes: dict[str, tuple[int, bytes]], words: str) -> None:
-    assert words in bootparam.decode(header(**changes)).objection
-
-
 def test_scratch_array() -> None:
     assert bootparam.scratch_array(struct.pack("=4Q", 1, 0x1000, 0xABC000, 48)) == (0xABC000, 48)
     with pytest.raises(ValueError, match="32 bytes"):

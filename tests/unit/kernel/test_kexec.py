@@ -12,7 +12,7 @@ import pytest
 from khod.core.ports import Image
 from khod.errors import ImageInvalid, InvalidRequest, NotAKernel, Refused
 from khod.kernel.kexec import KernelKexec
-from tests.unit.kernel.test_abi import header
+from tests.unit.test_abi_bzimage import header
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_refusals_leak_nothing(kernel: Path, tmp_path: Path) -> None:
         ((str(tmp_path),), InvalidRequest, "regular file"),
         ((str(fifo),), InvalidRequest, "regular file"),
         (("a\0b",), InvalidRequest, "null"),
-        ((str(text),), NotAKernel, "HdrS"),
+        ((str(text),), NotAKernel, "no kernel header"),
         ((str(kernel), str(tmp_path / "absent")), InvalidRequest, "initrd"),
         ((str(kernel), "", "x" * 2048), ImageInvalid, "2048 bytes"),
         ((str(kernel), "", "a\0b"), ImageInvalid, "NUL"),
