@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import logging
 import os
 import signal
@@ -19,7 +20,7 @@ from khod.api.listening import listen
 from khod.core.host import Host
 from khod.core.ports import Machine
 from khod.core.settings import Settings
-from khod.errors import KhodError
+from khod.errors import InvalidRequest, KhodError
 from khod.plugin.manager import PluginManager
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = config.load(arguments.config)
         set_up_logging(settings.log_level)
+        _check_notification()
         return asyncio.run(serve(settings))
     except KhodError as error:
         print(f"khod: {error.message}", file=sys.stderr)  # noqa: T201
@@ -121,15 +123,21 @@ def set_up_logging(level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
+def _check_notification() -> None:
+    """Raises InvalidRequest when systemd waits to be told that khod is up and there is nothing to tell it with: it would
+    wait for ever, and so would every guest that is ordered after khod."""
+    if os.environ.get("NOTIFY_SOCKET") and importlib.util.find_spec("systemd.daemon") is None:
+        raise InvalidRequest(
+            "systemd waits for READY=1 and systemd-python is not installed", hint="pip install 'khod[systemd]'"
+        )
+
+
 def notify(text: str) -> None:
     """Tell systemd, where it listens."""
     if not os.environ.get("NOTIFY_SOCKET"):
         return
-    try:
-        from systemd.daemon import notify as tell
-    except ImportError:
-        logger.warning("systemd-python is not installed: systemd cannot be told %r", text)
-        return
+    from systemd.daemon import notify as tell
+
     try:
         tell(text)
     except OSError as error:  # systemd being told is no condition of anything that khod does

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the daemon checks before it touches anything."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from khod.simulated import create
+
+ROOT = Path(__file__).parents[2]
+
+
+def khod(config: Path, code: str = "import khod.daemon; raise SystemExit(khod.daemon.main())", **env: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.argv = ['khod', '--config', {str(config)!r}]; {code}"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env=os.environ | env,
+        cwd=ROOT,
+    )
+    return done.returncode, done.stderr
+
+
+def test_a_socket_that_is_taken_stops_it_before_anything_is_retrieved(tmp_path: Path) -> None:
+    """The end of a khod that has retrieved is the end of what it retrieved: what can fail by itself comes first."""
+    create(tmp_path / "machine", memory=64 << 20)
+    config = tmp_path / "khod.yaml"
+    config.write_text(f"socket: {tmp_path}/khod.sock\nmachine: simulated:{tmp_path}/machine\n")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "khod.sock"))
+        other.listen(1)
+        status, said = khod(config)
+    # No kernel runs on that machine: had it come so far as to open it, it would have said that.
+    assert (status, "somebody answers" in said) == (3, True), said
+
+
+def test_systemd_without_its_bindings_is_an_error_and_not_a_unit_that_never_starts(tmp_path: Path) -> None:
+    config = tmp_path / "khod.yaml"
+    config.write_text(f"socket: {tmp_path}/khod.sock\nmachine: simulated:{tmp_path}/none\n")
+    hide = (
+        "import importlib.util as u; find = u.find_spec; "
+        "u.find_spec = lambda n, *a: None if n == 'systemd.daemon' else find(n, *a); "
+        "import khod.daemon; raise SystemExit(khod.daemon.main())"
+    )
+    status, said = khod(config, hide, NOTIFY_SOCKET=str(tmp_path / "notify"))
+    assert status == 2
+    assert "pip install 'khod[systemd]'" in said
+    assert not (tmp_path / "khod.sock").exists()
