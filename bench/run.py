@@ -4,35 +4,16 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
 from bench import folio, start
+from bench.host import machine
 from bench.rows import Result, Row
 
 OUT = Path(__file__).parent / "out" / "bench.json"
 ROWS: tuple[Row, ...] = (*folio.ROWS, *start.ROWS)
-
-
-def machine() -> dict[str, str]:
-    model = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), "")
-    return {
-        "processor": model or platform.machine(),
-        "processors": str(os.cpu_count()),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def line(result: Result) -> str:

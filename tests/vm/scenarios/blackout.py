@@ -40,12 +40,9 @@ def before(vm: Guest) -> None:
     khod = Khod(vm)
     config = vm.state / "khod.yaml"
     config.write_bytes(CONFIG.read_bytes())
-    daemon = [sys.executable, "-S", "-m", "khod.daemon", "--config", str(config)]
-    first(
-        vm,
-        f"PYTHONPATH='{os.environ['PYTHONPATH']}' {shlex.join(daemon)} &",
-        shlex.join([program, "claim", str(out), SOCKET]),
-    )
+    daemon = shlex.join([sys.executable, "-S", "-m", "khod.daemon", "--config", str(config)])
+    environment = f"PYTHONPATH={shlex.quote(os.environ['PYTHONPATH'])}"
+    first(vm, f"{environment} {daemon} &", shlex.join([program, "claim", str(out), SOCKET]))
     ram = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | 0x10)  # MFD_EXEC
     os.ftruncate(ram, SIZE)
     subprocess.run([program, "fill", str(ram)], check=True, pass_fds=[ram])
