@@ -1,45 +1,72 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The two machines that the suite holds to one behaviour. `kernel` needs root, /dev/liveupdate, and KHOD_BZIMAGE."""
+"""The machines that the suite holds to one behaviour: the simulated one everywhere, the running kernel where it can be.
+
+`kernel` needs root, /dev/liveupdate, and KHOD_BZIMAGE. tests/vm runs it in the lab's machine, and sees to it that it ran.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from khod.core.ports import Machine
+from khod.kernel.liveupdate import KernelLiveUpdate
+from khod.kernel.machine import machine as kernel_machine
 from khod.simulated import create, machine
 from khod.simulated.kernel import Kernel
 from tests.contract.rig import KernelRig, Rig, SimulatedRig
 
-DEVICE = Path("/dev/liveupdate")
+MACHINES = ["simulated", "kernel"] if Path("/dev/liveupdate").exists() else ["simulated"]
 MEMORY = 256 << 20
-needs_kernel = pytest.mark.skipif(not DEVICE.exists(), reason="no /dev/liveupdate: runs inside the lab's machine")
 
 
-@pytest.fixture(params=["simulated", pytest.param("kernel", marks=needs_kernel)])
+@pytest.fixture(params=MACHINES)
 def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
     """The rig of each machine in turn."""
     if request.param == "simulated":
-        kernel = Kernel.boot(create(tmp_path / "machine", memory=MEMORY))
-        process, other = kernel.spawn("khod"), kernel.spawn("other")
-        yield SimulatedRig(machine(process), process, other, tmp_path)
-        kernel.power_off()
+        yield from simulated(tmp_path)
     else:
-        from khod.kernel.machine import machine as running
+        yield from running(tmp_path, request.getfixturevalue("device"))
 
-        before = {path.name for path in Path("/proc/self/fd").iterdir()}
-        kernel_rig = KernelRig(running(tmp_path), os.environ["KHOD_BZIMAGE"])
-        yield kernel_rig
-        kernel_rig.machine.liveupdate.close()  # type: ignore[attr-defined]  # its helpers' sockets are not ours to close
-        # A session that a failed test left open would make the next one fail for a reason that is not its own.
-        for name in {path.name for path in Path("/proc/self/fd").iterdir()} - before:
-            try:
-                os.close(int(name))
-            except OSError:
-                continue
+
+def simulated(directory: Path) -> Iterator[Rig]:
+    """A simulated machine, booted for one test."""
+    kernel = Kernel.boot(create(directory / "machine", memory=MEMORY))
+    process, other = kernel.spawn("khod"), kernel.spawn("other")
+    yield SimulatedRig(machine(process), process, other, directory)
+    kernel.power_off()
+
+
+@pytest.fixture(scope="session")
+def device() -> Iterator[KernelLiveUpdate]:
+    """/dev/liveupdate, with helpers that all tests share: to start one is dear under emulation."""
+    liveupdate = KernelLiveUpdate(patience=0.1)
+    yield liveupdate
+    liveupdate.close()
+
+
+def running(directory: Path, device: KernelLiveUpdate) -> Iterator[Rig]:
+    """The running kernel. What a failed test left open is closed: the next would fail for a reason that is not its own."""
+    before = descriptors()
+    yield KernelRig(replace(kernel_machine(directory), liveupdate=device), os.environ["KHOD_BZIMAGE"])
+    for fd, link in descriptors().items() - before.items():
+        if not link.startswith("socket:"):  # those are the helpers'
+            os.close(fd)
+
+
+def descriptors() -> dict[int, str]:
+    """What this process has open, and what it is."""
+    found = {}
+    for path in Path("/proc/self/fd").iterdir():
+        try:
+            found[int(path.name)] = str(path.readlink())
+        except FileNotFoundError:  # the one that this directory is read by
+            continue
+    return found
 
 
 @pytest.fixture

@@ -33,10 +33,13 @@ def test_each_refusal_of_the_kernel_has_its_exception(vm: Play) -> None:
 
 
 def test_the_contract_holds_on_the_running_kernel(vm: Play) -> None:
-    facts = vm("contract", stage_deadline=150).require().facts("contract")
+    # Small areas of scratch: one of the tests fills the largest.
+    result = vm("contract", cmdline=("kho_scratch=16M,16M,64M",), stage_deadline=150).require()
+    facts = result.facts("contract")
     assert facts["status"] == 0, "\n\n".join(facts["problems"])
-    assert facts["outcomes"].keys() == {"passed"}  # none skipped, on the one machine where none may be
-    assert facts["outcomes"]["passed"] >= 30
+    # None skipped, on the one machine where none may be, and all that was collected for the kernel ran.
+    assert facts["outcomes"] == {"passed": result.facts("collected")["tests"]}
+    assert facts["outcomes"]["passed"] >= 40
 
 
 def test_the_state_disk_outlives_the_jump(vm: Play) -> None:
