@@ -34,7 +34,7 @@ def test_each_refusal_of_the_kernel_has_its_exception(vm: Play) -> None:
 
 def test_the_contract_holds_on_the_running_kernel(vm: Play) -> None:
     # Small areas of scratch: one of the tests fills the largest.
-    result = vm("contract", cmdline=("kho_scratch=16M,16M,64M",), stage_deadline=150).require()
+    result = vm("contract", cmdline=("kho_scratch=16M,16M,32M",), stage_deadline=150).require()
     facts = result.facts("contract")
     assert facts["status"] == 0, "\n\n".join(facts["problems"])
     # None skipped, on the one machine where none may be, and all that was collected for the kernel ran.
