@@ -314,7 +314,8 @@ class Update:
 
     def say(self, kind: str, message: str, *, instance: str = "", seconds: float = 0.0, fraction: float = 0.0) -> None:
         """To whoever listens."""
-        logger.info("update %s: %s: %s", self.id, kind, message)
+        fields = {"KHOD_UPDATE": self.id, "KHOD_STATE": self.state, "KHOD_KIND": kind, "KHOD_INSTANCE": instance}
+        logger.info("update %s: %s: %s", self.id, kind, message, extra=fields)  # fields of the journal's entry, under systemd
         self._events.send(
             EventView(
                 time=self.machine.clock.stamp().realtime,
