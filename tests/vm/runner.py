@@ -60,6 +60,9 @@ class Machine:
     scenario: Path
     memory: str = "2G"
     cpus: int = 2
+    cpu: str = "Nehalem"
+    """QEMU's model. The plainest that numpy runs on: emulating newer instructions makes everything a sixth slower. "max" has
+    SVM, for KVM in the machine."""
     cmdline: tuple[str, ...] = ()
     """Words added to the kernel's command line, of both kernels when the scenario jumps with the running one."""
     qemu: tuple[str, ...] = ()
@@ -185,7 +188,7 @@ def arguments(machine: Machine, directory: Path, *, serial: str = "") -> list[st
     return [
         "setpriv", "--pdeathsig", "KILL",
         QEMU, "-nodefaults", "-display", "none", "-no-reboot",
-        "-machine", "q35", "-accel", "tcg", "-cpu", "max", "-smp", str(machine.cpus), "-m", machine.memory,
+        "-machine", "q35", "-accel", "tcg", "-cpu", machine.cpu, "-smp", str(machine.cpus), "-m", machine.memory,
         "-kernel", str(lab_kernel.kernel_directory() / "bzImage"), "-append", _cmdline(machine),
         "-serial", serial or f"file:{directory}/serial.log",
         "-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap",

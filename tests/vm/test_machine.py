@@ -15,6 +15,7 @@ from tests.vm.runner import Outcome
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
 
+@pytest.mark.full  # khod's own updates go the same way
 def test_a_live_update_by_the_ports_alone(vm: Play) -> None:
     result = vm("ports").require()
     jump, landed = result.facts("jump"), result.facts("landed")
@@ -81,6 +82,7 @@ def test_a_machine_that_falls_silent_is_lost_at_its_deadline(vm: Play) -> None:
         result.discard()
 
 
+@pytest.mark.full  # test_khod has the same through khod
 def test_a_freeze_that_fails_in_the_middle_is_undone_and_the_next_jump_succeeds(vm: Play, tmp_path: Path) -> None:
     fail = FailCall("memfd_luo_freeze", nth=2, errno=5)
     with fail:
