@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-ROUNDS = 9
+ROUNDS = 15
+"""Odd, and enough that a neighbour who is busy for a second decides no median."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Result:
     unit: str
     """'x' for a ratio to the other side, 'ms', 'bytes'."""
     ours: float
-    """Median, milliseconds; 0 where nothing was timed."""
+    """Milliseconds, a median unless the name says otherwise; 0 where nothing was timed."""
     theirs: float = 0.0
     exact: bool = False
     """The value has to be the target."""
