@@ -64,6 +64,7 @@ async def serve(configuration: config.Config) -> int:
 
     async with serve_api(host, machine.files, configuration.socket, listener):
         notify(f"READY=1\nSTATUS={state}")
+        host.verify()
         await _until_told(told, host)
     notify("STOPPING=1")
     await host.close()

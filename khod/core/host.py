@@ -51,6 +51,7 @@ class Host:
         self._image: Image | None = None
         self._events = Broadcast()
         self._lock = asyncio.Lock()
+        self._startup: Startup | None = None
         self._verifying: asyncio.Task[None] | None = None
 
     @property
@@ -62,7 +63,7 @@ class Host:
         """Find out which boot this is, and undo or restore accordingly (decisions 14 and 21).
 
         Raises MachineError when that cannot be known now (the device is held by somebody): nothing was lost by it, start
-        again. After it, `verify` compares what restoring left to be compared.
+        again. After it, `verify` compares what restoring has left to be compared.
         """
         startup = Startup(self.machine, self.settings, self.drivers, self.journal, self.boot)
         self._state = await startup.run()
@@ -71,14 +72,20 @@ class Host:
         self.problems = startup.problems
         for entry in startup.entries:
             self.registry.add_restored(entry)
-        if self.incoming is not None and self._state is State.RESTORED:
-            self._verifying = asyncio.create_task(startup.verify(self.problems), name="verify")
+        self._startup = startup
         return self._state
 
+    def verify(self) -> asyncio.Task[None] | None:
+        """Begin the verification beside the workload, once: when those who wait for their memory can be answered. None when
+        there is nothing to verify."""
+        if self._verifying is None and self._startup is not None and self._state is State.RESTORED:
+            self._verifying = asyncio.create_task(self._startup.verify(self.problems), name="verify")
+        return self._verifying
+
     async def verified(self) -> None:
-        """Wait until the verification beside the workload is through."""
-        if self._verifying is not None:
-            await asyncio.shield(self._verifying)
+        """Wait until it is through."""
+        if (verifying := self.verify()) is not None:
+            await asyncio.shield(verifying)
 
     def attach(self, client: Client) -> None:
         """From now on this client is asked and told."""
