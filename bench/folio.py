@@ -122,8 +122,8 @@ class Pages:
 class Reading:
     """A whole map back to frames, checked before the first of them is told.
 
-    Both sides compute the digest and look at each header and element. Ours alone proves as well what needs more than a look:
-    that no page of the map is used twice, no bitmap is empty, and every folio lies in RAM, outside scratch, in no other.
+    Both sides compute the digest, look at each header, element and bitmap, and see that every folio lies in RAM and outside
+    scratch. Ours alone proves as well that no page of the map is used twice and no folio overlaps another.
     """
 
     name: str
@@ -138,13 +138,14 @@ class Reading:
         flat = np.frombuffer(done.pages, np.uint64).copy()
         out = np.zeros(COUNT, np.uint64)
         base = MAP_FRAMES[0] << 12
+        ground = c_tracker()
 
         def read() -> None:
             found = read_map(memory, done.address, done.page_count, done.sha256, ram=RAM, scratch=SCRATCH)
             assert sum(len(pfns) for _, pfns in found.arrays()) == COUNT
 
         def read_plain(sha256: bytes = done.sha256) -> int:
-            return int(library().map_read(flat.ctypes.data, base, done.page_count, done.address, sha256, 18, out.ctypes.data))
+            return ground.read(flat, base, done.address, sha256, out)
 
         assert read_plain() == COUNT
         assert read_plain(bytes(32)) == MAP_REJECTED, "the C reader does not look at the digest"

@@ -338,11 +338,30 @@ static int chunk_is_good(const struct map *m, const struct chunk *chunk, const s
 	       chunk->elements[0].phys_start > before->elements[CHUNK_ELEMENTS - 1].phys_start;
 }
 
+/* Whether a bitmap holds a folio, and each of them lies in RAM and outside of scratch. */
+static int folios_are_good(const struct tracker *ground, const uint64_t *bitmap, uint64_t phys_start, unsigned order)
+{
+	uint64_t any = 0;
+
+	for (unsigned word = 0; word < BLOCK_BITS / 64; word++) {
+		any |= bitmap[word];
+		for (uint64_t bits = bitmap[word]; bits; bits &= bits - 1) {
+			uint64_t bit = word * 64 + (unsigned)__builtin_ctzll(bits);
+			uint64_t pfn = (phys_start >> PAGE_SHIFT) + (bit << order);
+
+			if (check_ground(ground, pfn, pfn + (UINT64_C(1) << order)))
+				return 0;
+		}
+	}
+	return any != 0;
+}
+
 /*
- * Walk the list once: each chunk and then its bitmaps into the digest, which must come out as `sha256`. Whether a page is
- * used twice, a folio lies in RAM, or two of them overlap is not looked at: that is more than the plain way does.
+ * Walk the list once: each chunk and then its bitmaps into the digest, which must come out as `sha256`; every folio must lie
+ * where one may. Whether a page of the map is used twice, or two folios overlap, is not looked at.
  */
-static int map_is_good(const struct map *m, uint64_t address, const uint8_t *sha256, EVP_MD_CTX *context)
+static int map_is_good(const struct tracker *ground, const struct map *m, uint64_t address, const uint8_t *sha256,
+		       EVP_MD_CTX *context)
 {
 	const struct chunk *chunk, *before = NULL;
 	uint64_t left = m->length / PAGE_BYTES; /* so that a cycle ends */
@@ -355,22 +374,28 @@ static int map_is_good(const struct map *m, uint64_t address, const uint8_t *sha
 		if (!chunk || !left-- || !chunk_is_good(m, chunk, before))
 			return 0;
 		EVP_DigestUpdate(context, chunk, PAGE_BYTES);
-		for (unsigned i = 0; i < chunk->num_elms; i++)
-			EVP_DigestUpdate(context, at(m, chunk->elements[i].bitmap, BITMAP_BYTES), BITMAP_BYTES);
+		for (unsigned i = 0; i < chunk->num_elms; i++) {
+			const void *bitmap = at(m, chunk->elements[i].bitmap, BITMAP_BYTES);
+
+			if (!folios_are_good(ground, bitmap, chunk->elements[i].phys_start, chunk->order))
+				return 0;
+			EVP_DigestUpdate(context, bitmap, BITMAP_BYTES);
+		}
 	}
 	return EVP_DigestFinal_ex(context, digest, NULL) && !memcmp(digest, sha256, 32);
 }
 
 /*
  * Every folio of the map at physical `address` in `pages`, `page_count` of them in one run from `base` on, into `pfns`;
- * returns their number, or MAP_REJECTED. Nothing is written before the whole map is accepted.
+ * returns their number, or MAP_REJECTED. `ground` says where folios may lie. Nothing is written before the whole map is
+ * accepted.
  */
-uint64_t map_read(const uint8_t *pages, uint64_t base, uint64_t page_count, uint64_t address, const uint8_t *sha256,
-		  unsigned max_order, uint64_t *pfns)
+uint64_t map_read(const struct tracker *ground, const uint8_t *pages, uint64_t base, uint64_t page_count, uint64_t address,
+		  const uint8_t *sha256, uint64_t *pfns)
 {
-	struct map m = { pages, base, page_count * PAGE_BYTES, max_order };
+	struct map m = { pages, base, page_count * PAGE_BYTES, ground->max_order };
 	EVP_MD_CTX *context = EVP_MD_CTX_new();
-	int good = context && map_is_good(&m, address, sha256, context);
+	int good = context && map_is_good(ground, &m, address, sha256, context);
 	uint64_t count = 0;
 
 	EVP_MD_CTX_free(context);

@@ -34,7 +34,7 @@ def build() -> ctypes.CDLL:
     lib.tracker_preserve_range.argtypes = (pointer, u64, u64)
     lib.tracker_bitmaps.argtypes, lib.tracker_bitmaps.restype = (pointer,), u64
     lib.tracker_serialize.argtypes, lib.tracker_serialize.restype = (pointer, pointer, u64), u64
-    lib.map_read.argtypes, lib.map_read.restype = (pointer, u64, u64, u64, ctypes.c_char_p, uint, pointer), u64
+    lib.map_read.argtypes, lib.map_read.restype = (pointer, pointer, u64, u64, u64, ctypes.c_char_p, pointer), u64
     return lib
 
 
@@ -63,6 +63,12 @@ class Plain:
         pages = np.zeros((2 + self.blocks() // 255 + 52 + self.blocks() // 8) * 512, np.uint64)
         used = self._lib.tracker_serialize(self._tracker, pages.ctypes.data, base)
         return pages[: used * 512]
+
+    def read(self, pages: U64, base: int, address: int, sha256: bytes, out: U64) -> int:
+        """The folios of a map, into `out`; their number, or MAP_REJECTED. Of this tracker only the ground is looked at."""
+        count = len(pages) // 512
+        found = self._lib.map_read(self._tracker, pages.ctypes.data, base, count, address, sha256, out.ctypes.data)
+        return int(found)
 
     @staticmethod
     def _check(refusal: int) -> None:
