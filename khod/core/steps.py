@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Step:
+class Step(ABC):
     """One step. `limit` is what bounds its apply as a whole, in seconds; None where it bounds its parts itself."""
 
     name: str
@@ -39,14 +40,15 @@ class Step:
         """Seconds, or None."""
         return None
 
+    @abstractmethod
     def describe(self) -> str:
         """What it will do, in a sentence, before it does."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abstractmethod
     async def apply(self) -> None:
         """Do it."""
 
-    async def undo(self) -> None:
+    async def undo(self) -> None:  # noqa: B027 - a step that holds nothing has nothing to take back
         """Take it back, however far it came."""
 
 
