@@ -29,6 +29,7 @@ def test_a_live_update_by_the_ports_alone(vm: Play) -> None:
     assert blackout == pytest.approx(seen, abs=1)
 
 
+@pytest.mark.full  # most of it is in the contract
 def test_each_refusal_of_the_kernel_has_its_exception(vm: Play) -> None:
     assert vm("refusals").require().facts("alive")
 
@@ -61,6 +62,7 @@ def test_a_scenario_that_raises_has_failed_and_its_logs_are_kept(vm: Play) -> No
         result.discard()
 
 
+@pytest.mark.full
 def test_a_machine_that_dies_is_lost_and_not_failed(vm: Play) -> None:
     result = vm("panics")
     try:
