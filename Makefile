@@ -47,7 +47,7 @@ test-fast: $(VENV)/.stamp ## all tests but those in the virtual machine
 
 # Two at once: the machine's tests, one after the other, and all others beside them.
 PARALLEL := --numprocesses 2 --dist loadgroup
-# One recipe: `make test` stays under 8 minutes, the rest is in `make test-full`.
+# One recipe: `make test` is to stay near 8 minutes with a built kernel, the rest is in `make test-full`.
 test: SELECT := -m "not full"
 test: $(VENV)/.stamp ## all tests, in the virtual machine too; builds the lab's kernel once
 test-full: $(VENV)/.stamp ## those that take minutes as well

@@ -127,8 +127,8 @@ def test_what_is_not_finished_is_finished_before_the_next_update(world: World) -
         host = await world.jump()
         assert host.state is State.RESTORED
         answer = await host.claim("vm-1", owner="uid:0")
-        process = world.kernel.spawn("vmm")
-        assert world.intact(process.call("descriptor", world.process.pid, answer.fds[0]), process=process)
+        process, fd = world.received(answer.fds[0])
+        assert world.intact(fd, process=process)
 
     asyncio.run(scenario())
 
@@ -162,8 +162,8 @@ def test_corrupt_bookkeeping_stops_the_restore_and_loses_nothing(world: World, w
         with pytest.raises(Refused, match="vm-1"):
             await host.finish()
         answer = await host.claim("vm-1", owner="uid:0", unverified=True)
-        process = world.kernel.spawn("vmm")
-        assert world.intact(process.call("descriptor", world.process.pid, answer.fds[0]), process=process)
+        process, fd = world.received(answer.fds[0])
+        assert world.intact(fd, process=process)
         records, _ = decode(host.machine.store.read())
         assert records[-1].event == "claimed"
         assert records[-1].data["unverified"]
@@ -379,8 +379,7 @@ def test_a_khod_that_may_end_lets_go_of_everything(world: World, finished: bool)
         await world.register("vm-1", world.memory())
         host = await world.jump()
         answer = await host.claim("vm-1", owner="uid:0")
-        process = world.kernel.spawn("vmm")
-        fd = process.call("descriptor", world.process.pid, answer.fds[0])
+        process, fd = world.received(answer.fds[0])
         host.machine.files.close(answer.fds[0])
         if finished:
             await host.finish()
@@ -437,7 +436,7 @@ def test_a_bug_in_khods_own_reading_ends_nobodys_memory(world: World, monkeypatc
         host = await world.khod()
         assert host.state is State.FAILED
         answer = await host.claim("vm-1", owner="uid:0", unverified=True)
-        process = world.kernel.spawn("vmm")
-        assert world.intact(process.call("descriptor", world.process.pid, answer.fds[0]), process=process)
+        process, fd = world.received(answer.fds[0])
+        assert world.intact(fd, process=process)
 
     asyncio.run(scenario())

@@ -19,8 +19,7 @@ async def claimed(world: World, name: str, **kwargs: bool) -> tuple[Process, int
     """Claim it; returns a process and the descriptor there."""
     answer = await world.host.claim(name, owner="uid:0", **kwargs)
     assert answer.answer == "fds", answer
-    process = world.kernel.spawn("vmm")
-    return process, process.call("descriptor", world.process.pid, answer.fds[0])
+    return world.received(answer.fds[0])
 
 
 def test_memory_comes_through_with_the_same_bytes_in_the_same_frames(world: World) -> None:

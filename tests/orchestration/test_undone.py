@@ -226,8 +226,8 @@ def test_a_client_that_exited_can_claim_its_memory_after_an_abort(world: World) 
         await host.abort()
         await asyncio.wait([task])
         answer = await host.claim("vm-1", owner="uid:0")
-        heir = world.kernel.spawn("heir")
-        assert world.intact(heir.call("descriptor", world.process.pid, answer.fds[0]), process=heir)
+        heir, inherited = world.received(answer.fds[0], "heir")
+        assert world.intact(inherited, process=heir)
 
     asyncio.run(scenario())
 

@@ -175,6 +175,11 @@ class World:
         """khod's own descriptor of an instance's first file."""
         return next(iter(self.host.registry.get(name).fds.values()))
 
+    def received(self, descriptor: int, name: str = "vmm") -> tuple[Process, int]:
+        """A new process that was sent a descriptor of khod's, and its number there."""
+        process = self.kernel.spawn(name)
+        return process, process.call("descriptor", self.process.pid, descriptor)
+
     def contains(self, needle: bytes) -> bool:
         """Whether physical memory holds these bytes anywhere."""
         with open(self.directory / "memory", "rb") as file:
