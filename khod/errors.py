@@ -15,7 +15,8 @@
     │   └── JournalError         the journal, beyond a torn tail
     ├── UpdateFailed         6   an update did not go through; everything was undone unless it says otherwise
     ├── Lost                 7   a peer or a deadline is gone: nobody knows, which is not the same as failed
-    │   └── DeadlinePassed   7
+    │   ├── DeadlinePassed   7
+    │   └── CustodianGone    7   nobody answers for the descriptors in custody
     └── Held                 8   the answer is "not now": the instance exists but must not be started (claim)
 
 Each has a message that names what and where, and a hint that says what to do; both are for people. Ranges of meaning are
@@ -71,6 +72,13 @@ class MachineError(KhodError):
         name = _errno.errorcode.get(self.errno)
         said = f": {os.strerror(self.errno)} [{name}]" if name else ""
         super().__init__(f"{message}{said}", hint=self.default_hint if hint is None else hint)
+
+
+class CustodyFull(MachineError):
+    """No more descriptors can be kept: the custodian's limit on open files, or FileDescriptorStoreMax= of its unit."""
+
+    default_errno = _errno.EMFILE
+    default_hint = "raise LimitNOFILE= and FileDescriptorStoreMax= of khod-custodian.service"
 
 
 class DeviceMissing(MachineError):
@@ -290,6 +298,10 @@ class Lost(KhodError):
 
 class DeadlinePassed(Lost):
     """The deadline of a phase, or of one call, passed without an answer."""
+
+
+class CustodianGone(Lost):
+    """Nobody answers for the descriptors that are in custody (decision 18)."""
 
 
 class Held(KhodError):

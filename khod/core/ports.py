@@ -347,6 +347,79 @@ class Processes(Protocol):
         ...
 
 
+class Custody(Protocol):
+    """Descriptors that outlive khod (decisions 18 and 20): kept by a custodian, two processes that share one table of
+    descriptors, and by PID 1's store behind them where there is one.
+
+    It also makes the calls whose results must never be khod's alone: `LiveUpdate.retrieve_session` and
+    `LiveUpdate.retrieve_fd` go through it, and what they return is a duplicate of what it keeps. Asked again, by a khod
+    that was started anew, they answer from what is kept. Every method raises CustodianGone when nobody answers.
+    """
+
+    def keep(self, name: str, fd: int) -> None:
+        """Keep a duplicate of `fd`; on return it is safe. What was kept under that name before is let go of, after.
+
+        `name`: 1 to 10 of a-z and 0-9. Raises CustodyFull when no more descriptors can be kept, InvalidRequest.
+        """
+        ...
+
+    def kept(self) -> Sequence[str]:
+        """Names of all that is kept by `keep`."""
+        ...
+
+    def take(self, name: str) -> int:
+        """A duplicate of what is kept. Raises InvalidRequest when there is nothing of that name."""
+        ...
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Let go of these; a name that is not there has no effect."""
+        ...
+
+    def sessions(self) -> Sequence[str]:
+        """Names of the incoming sessions that are held."""
+        ...
+
+    def release(self, session: str) -> None:
+        """Let go of an incoming session and of all that was retrieved from it: unless it is finished, that frees what nobody
+        else holds. None of that name: no effect."""
+        ...
+
+    def offer(self, sessions: Sequence[int]) -> None:
+        """For a jump that PID 1 makes (decision 17): these outgoing sessions go into its store, and everything else out of it.
+
+        Raises CustodyFull, and Refused where there is no store.
+        """
+        ...
+
+    def withdraw(self) -> None:
+        """Undo `offer`: let go of outgoing sessions, put everything else back into the store. Nothing offered: no effect."""
+        ...
+
+    def room(self) -> int:
+        """How many more descriptors can be kept."""
+        ...
+
+
+class ServiceManager(Protocol):
+    """systemd, where it is PID 1 (decision 17)."""
+
+    def present(self) -> bool:
+        """Whether PID 1 is a systemd that this port can talk to."""
+        ...
+
+    def inhibit(self, why: str) -> int:
+        """Hold off a shutdown by others, as long as logind lets a delay inhibitor do so: an owned descriptor, which lets go
+        of it when closed. Raises Refused where there is no logind."""
+        ...
+
+    def kexec(self) -> None:
+        """Ask PID 1 to stop everything and to jump (``systemctl kexec``). Once it has returned there is no way back.
+
+        Raises KexecFailed when PID 1 refused: then nothing has happened. Raises Refused where there is no systemd.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """All ports of one machine."""

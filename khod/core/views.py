@@ -63,6 +63,42 @@ class InstanceView:
     detail: dict[str, str] = field(default_factory=dict)
     """What its plugin has to say of it to people."""
     problem: str = ""
+    grade: str = "registered"
+    """'registered': khod knows what is in it; 'opaque': its owner filled a session by itself, contents unknown."""
+    lifetime: str = "persistent"
+    """'connection', 'process', 'persistent'."""
+    keeper: str = ""
+    """Who keeps it registered, in words: a process; '' for nobody but an operator."""
+    since: int = 0
+    """When it came into that state."""
+    orphan: bool = False
+    """Nobody has claimed it for longer than `orphans_after`."""
+    attended: bool = False
+    """A client answers for it, or must."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredView:
+    """The answer to a registration."""
+
+    instance: InstanceView
+    handle: str
+    """Unguessable. Any connection of the same owner may use it to speak for the instance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LifecycleView:
+    """What a client hears of the update that its instances take part in (decisions 1 and 13)."""
+
+    phase: str
+    """'subscribed' at first, with the state khod is in as `reason`; then 'preparing', 'quiesce' and 'commit', which want an
+    answer; 'executing', 'restored' and 'aborted', which do not."""
+    update: str
+    handles: Sequence[str] = ()
+    """Of the instances that are meant."""
+    deadline: float = 0.0
+    """Seconds from now until when an answer is waited for; 0 where none is wanted."""
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +160,13 @@ class ClaimView:
     """'fds': here they are; 'cold': no such instance came, start from disk; 'hold': it exists, do not start."""
     reason: str
     names: Sequence[str] = ()
-    """Of the descriptors that come with the answer, in order."""
+    """Of the descriptors that come with the answer, in order: the instance's own, then one a state of its client."""
     fds: Sequence[int] = ()
     """Machine descriptors, owned by the caller."""
+    states: Sequence[str] = ()
+    """Which of `names` are states: u64 length, little-endian, then what the client wrote in the old kernel."""
+    handle: str = ""
+    """For the instance from now on; earlier ones are void."""
 
 
 @dataclass(frozen=True, kw_only=True)
