@@ -399,6 +399,12 @@ class Custody(Protocol):
         """How many more descriptors can be kept."""
         ...
 
+    def doubt(self, size: int, files: int) -> str:
+        """Why retrieving `files` files of `size` bytes in all might fail, with what to raise; '' when it is proven to succeed
+        (decision 19): memory.max and memory.high on the path of the control group that would be charged, overcommit, room for
+        descriptors."""
+        ...
+
 
 class ServiceManager(Protocol):
     """systemd, where it is PID 1 (decision 17)."""
