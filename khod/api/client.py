@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from khod.api.faults import error_of
+from khod.api.raising import error_of
 from khod.api.wire import INTERFACE
 from khod.core.views import ClaimView, EventView, ImageView, InspectionView, InstanceView, PlanView, StatusView, UpdateView
 from khod.errors import FormatError, Lost, NotPermitted

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from khod import errors
-from khod.api import faults
+from khod.api import faults, raising
 from khod.api.client import Client, connect
 from khod.api.host import HostInterface
 from khod.api.listening import listen
@@ -129,11 +129,11 @@ def test_an_error_arrives_as_the_class_that_was_raised(client: Client) -> None:
     client.status()  # the connection is as good as before
 
 
-@pytest.mark.parametrize("kind", faults.KINDS.values(), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", raising.KINDS.values(), ids=lambda kind: kind.__name__)
 def test_every_error_crosses(kind: type[KhodError]) -> None:
     error = kind("it broke", hint="mend it")
     reply = json.loads(json.dumps(faults.fault(error).tojson()))
-    back = faults.error_of(reply["error"], reply["parameters"])
+    back = raising.error_of(reply["error"], reply["parameters"])
     assert type(back) is kind
     assert (back.message, back.hint) == (error.message, error.hint)
     assert reply["parameters"]["exit_status"] == kind.exit_status
