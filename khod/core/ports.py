@@ -413,6 +413,10 @@ class ServiceManager(Protocol):
         """Whether PID 1 is a systemd that this port can talk to."""
         ...
 
+    def doubt(self) -> str:
+        """Why a jump by PID 1 would lose the sessions in its store, '' when it carries them: systemd does since 261."""
+        ...
+
     def inhibit(self, why: str) -> int:
         """Hold off a shutdown by others, as long as logind lets a delay inhibitor do so: an owned descriptor, which lets go
         of it when closed. Raises Refused where there is no logind."""
@@ -421,7 +425,7 @@ class ServiceManager(Protocol):
     def kexec(self) -> None:
         """Ask PID 1 to stop everything and to jump (``systemctl kexec``). Once it has returned there is no way back.
 
-        Raises KexecFailed when PID 1 refused: then nothing has happened. Raises Refused where there is no systemd.
+        Raises KexecFailed when PID 1 refused, NothingLoaded, and Refused where there is `doubt`: then nothing has happened.
         """
         ...
 

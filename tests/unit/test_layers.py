@@ -77,9 +77,9 @@ def test_folio_and_abi_do_no_io() -> None:
 def test_the_way_to_restored_imports_nothing_heavy() -> None:
     """What the daemon imports before it brings up the API, on either machine."""
     code = (
-        "import sys, khod.daemon, khod.core.restore, khod.kernel.machine, khod.simulated, khod.abi.tree, khod.folio.walk;"
-        "import khod.plugin.manager; khod.plugin.manager.PluginManager().load();"
-        "print(sorted({'numpy', 'rich', 'typer', 'asyncvarlink', 'khod.api.server', 'khod.cli'} & set(sys.modules)))"
+        "import sys, khod.daemon, khod.core.restore, khod.kernel.machine, khod.kernel.systemd, khod.simulated;"
+        "import khod.abi.tree, khod.folio.walk, khod.plugin.manager; khod.plugin.manager.PluginManager().load();"
+        "print(sorted({'numpy', 'rich', 'typer', 'asyncvarlink', 'jeepney', 'khod.api.server', 'khod.cli'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
     assert done.stdout.strip() == "[]"
