@@ -444,3 +444,5 @@ class Machine:
     filesystems: FileSystems
     boot: BootInfo
     processes: Processes
+    custody: Custody
+    manager: ServiceManager

@@ -9,6 +9,7 @@ means "taken"), `preserve_refusal` the size that the kernel reports as ENOMEM.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import (
@@ -16,10 +17,12 @@ from errno import (
     EADDRNOTAVAIL,
     EBADF,
     EBUSY,
+    ECONNREFUSED,
     EEXIST,
     EFBIG,
     EINVAL,
     EIO,
+    EMFILE,
     ENODEV,
     ENOENT,
     ENOEXEC,
@@ -43,6 +46,8 @@ MAX_SESSION_NAME = LIVEUPDATE_SESSION_NAME_LENGTH - 1
 """Bytes, without the NUL."""
 MAX_CMDLINE = 2047
 """COMMAND_LINE_SIZE of x86 less the NUL; the header of an image may name less."""
+
+DEPOSIT_NAME = "[a-z0-9]{1,10}"
 
 _Kinds: TypeAlias = dict[int, type[KhodError]]
 
@@ -72,6 +77,12 @@ _LOAD: _Kinds = {
     ENOMEM: errors.OutOfMemory,
 }
 
+_CUSTODY: _Kinds = {
+    EBADF: errors.BadDescriptor,
+    EMFILE: errors.CustodyFull,
+    ECONNREFUSED: errors.CustodianGone,
+}
+
 REFUSALS: dict[str, _Kinds] = {
     "open_device": _DEVICE,
     "create_session": {
@@ -80,7 +91,12 @@ REFUSALS: dict[str, _Kinds] = {
         ENOSPC: errors.TooManyPreserved,
         ENOMEM: errors.OutOfMemory,
     },
-    "retrieve_session": {EINVAL: errors.SessionTaken, ENOENT: errors.SessionUnknown, ENOMEM: errors.OutOfMemory},
+    "retrieve_session": {
+        **_CUSTODY,
+        EINVAL: errors.SessionTaken,
+        ENOENT: errors.SessionUnknown,
+        ENOMEM: errors.OutOfMemory,
+    },
     "preserve_fd": {
         **_SESSION,
         EINVAL: errors.SessionDirection,
@@ -92,7 +108,7 @@ REFUSALS: dict[str, _Kinds] = {
         ENOSPC: errors.TooManyPreserved,
         ENOMEM: errors.OutOfMemory,
     },
-    "retrieve_fd": {**_SESSION, EINVAL: errors.SessionDirection, ENOENT: errors.TokenUnknown},
+    "retrieve_fd": {**_CUSTODY, **_SESSION, EINVAL: errors.SessionDirection, ENOENT: errors.TokenUnknown},
     "finish": {**_SESSION, EINVAL: errors.SessionDirection},
     "session_name": _SESSION,
     "memfd": {ENOMEM: errors.OutOfMemory},
@@ -110,6 +126,18 @@ REFUSALS: dict[str, _Kinds] = {
     "load": _LOAD,
     "unload": _LOAD,
     "execute": {EINVAL: errors.NothingLoaded, EPERM: errors.KexecForbidden, EBUSY: errors.KexecBusy},
+    "keep": _CUSTODY,
+    "kept": _CUSTODY,
+    "take": {**_CUSTODY, ENOENT: errors.InvalidRequest},
+    "drop": _CUSTODY,
+    "sessions": _CUSTODY,
+    "release": _CUSTODY,
+    "offer": {**_CUSTODY, **_SESSION, EINVAL: errors.SessionDirection, ENXIO: errors.Refused},
+    "withdraw": _CUSTODY,
+    "room": _CUSTODY,
+    "doubt": _CUSTODY,
+    "inhibit": {ENXIO: errors.Refused},
+    "kexec": {ENXIO: errors.Refused, EINVAL: errors.NothingLoaded},
     "descriptor": {
         ESRCH: errors.InvalidRequest,
         EINVAL: errors.InvalidRequest,  # a thread's number is no process
@@ -122,6 +150,7 @@ _OTHERWISE: dict[str, type[MachineError]] = {
     # A handler that failed once fails with the same errno for ever, whichever it was: the class says what is lost.
     "retrieve_fd": errors.RetrieveFailed,
     "execute": errors.KexecFailed,
+    "kexec": errors.KexecFailed,
     "sync": errors.SyncFailed,
 }
 
@@ -161,6 +190,14 @@ def session_name(name: str) -> bytes:
     if not 1 <= len(raw) <= MAX_SESSION_NAME or b"\0" in raw:
         raise errors.SessionNameInvalid(f"session name {name!r}: must be 1 to {MAX_SESSION_NAME} bytes without NUL")
     return raw
+
+
+def deposit_name(name: str) -> str:
+    """`name`, if something can be kept under it (decision 20: PID 1's store takes names in one environment string). Raises
+    InvalidRequest."""
+    if re.fullmatch(DEPOSIT_NAME, name) is None:
+        raise errors.InvalidRequest(f"custody name {name!r}: must be 1 to 10 of a-z and 0-9")
+    return name
 
 
 def command_line(text: str, longest: int = MAX_CMDLINE) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``python -m khod.simulated DIR [--memory SIZE] --init COMMAND...``: run a command on a simulated machine.
+"""``python -m khod.simulated DIR [--memory SIZE [--systemd]] --init COMMAND...``: run a command on a simulated machine.
 
 With ``--memory`` the machine is made first. The command runs again after each jump, with KHOD_SIMULATED set to DIR.
 """
@@ -27,6 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m khod.simulated", description="Run a simulated machine.")
     parser.add_argument("directory", type=Path, metavar="DIR", help="where the machine lives")
     parser.add_argument("--memory", type=_size, metavar="SIZE", help="make the machine first, with so much memory (1T)")
+    parser.add_argument("--systemd", action="store_true", help="with --memory: PID 1 is a systemd, which can jump")
     parser.add_argument("--kernel", type=int, metavar="FD", help=argparse.SUPPRESS)
     parser.add_argument("--init", nargs=argparse.REMAINDER, required=True, metavar="COMMAND", help="what runs on it")
     options = parser.parse_args()
@@ -37,7 +38,7 @@ def main() -> int:
         sys.stderr.flush()
         os._exit(status)
     if options.memory:
-        create(options.directory, memory=options.memory)
+        create(options.directory, memory=options.memory, systemd=options.systemd)
     return power.run(options.directory, options.init)
 
 

@@ -3,8 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import ENOSPC, EROFS
+
+ANY = "*"
+"""In place of a call's name: every call counts."""
+CALLER, FIRST, SECOND = "caller", "first", "second"
+"""Victims: the process that makes the call, and the two of the custodian (`khod.simulated.custodian`)."""
 
 
 class ProcessDied(BaseException):
@@ -30,15 +37,17 @@ class Fault:
     call: str
     countdown: int
     errno: int = 0
-    """What the call fails with; 0: the process dies instead."""
+    """What the call fails with; 0: `victims` die instead."""
     after: bool = False
-    """Whether the process dies when the call has taken effect, instead of before."""
+    """Whether they die when the call has taken effect, instead of before."""
     forever: bool = False
     """Whether each later call fails as well."""
     torn: str = ""
     """For store_append: what reaches the disk before the process dies: 'half' of the data, or as many 'nuls'."""
     pid: int = 0
     """Only calls of this process count; 0: everybody's."""
+    victims: tuple[str, ...] = (CALLER,)
+    """Who dies, all at once. The call goes on if the caller is none of them."""
 
 
 class Faults:
@@ -47,20 +56,52 @@ class Faults:
     def __init__(self, known: Callable[[], frozenset[str]]) -> None:
         self._known = known
         self._pending: list[Fault] = []
+        self._records: list[tuple[int, list[str]]] = []
 
     def fail(self, call: str, errno: int, *, nth: int = 1, forever: bool = False, pid: int = 0) -> None:
         """The `nth` call from now fails with `errno` and has no effect but that (a retrieve_fd that fails loses its file)."""
         self.add(Fault(call, nth, errno=errno, forever=forever, pid=pid))
 
-    def die(self, call: str, *, nth: int = 1, after: bool = False, torn: str = "", pid: int = 0) -> None:
-        """The process that makes the `nth` call from now dies there: before it has an effect, or `after`."""
-        self.add(Fault(call, nth, after=after, torn=torn, pid=pid))
+    def die(
+        self,
+        call: str,
+        *,
+        nth: int = 1,
+        after: bool = False,
+        torn: str = "",
+        pid: int = 0,
+        victims: tuple[str, ...] = (CALLER,),
+    ) -> None:
+        """At the `nth` call from now `victims` die: before it has an effect, or `after`."""
+        self.add(Fault(call, nth, after=after, torn=torn, pid=pid, victims=victims))
+
+    def full_disk(self) -> None:
+        """Nothing more can be written to the disk."""
+        self.fail("store_append", ENOSPC, forever=True)
+
+    def read_only_disk(self) -> None:
+        """The disk cannot be changed."""
+        for call in ("store_append", "store_cut"):
+            self.fail(call, EROFS, forever=True)
 
     def add(self, fault: Fault) -> None:
-        """Raises ValueError for a call that does not exist: such a fault would never strike, and its test prove nothing."""
-        if fault.call not in self._known():
+        """Raises ValueError for a call or a victim that does not exist: such a fault would never strike, and its test prove
+        nothing."""
+        if fault.call != ANY and fault.call not in self._known():
             raise ValueError(f"no call {fault.call!r}")
+        if not fault.victims or not set(fault.victims) <= {CALLER, FIRST, SECOND}:
+            raise ValueError(f"victims {fault.victims!r}: {CALLER!r}, {FIRST!r} and {SECOND!r} can die")
         self._pending.append(fault)
+
+    @contextmanager
+    def recorded(self, pid: int) -> Iterator[list[str]]:
+        """The names of all calls that process `pid` makes meanwhile, in their order: each is a place to die at."""
+        record: tuple[int, list[str]] = (pid, [])
+        self._records.append(record)
+        try:
+            yield record[1]
+        finally:
+            self._records.remove(record)
 
     def clear(self) -> None:
         """Nothing goes wrong any more."""
@@ -68,9 +109,12 @@ class Faults:
 
     def strike(self, call: str, pid: int) -> Fault | None:
         """Count a call; the fault that it runs into, if any."""
+        for wanted, calls in self._records:
+            if wanted == pid:
+                calls.append(call)
         hit: Fault | None = None
         for fault in list(self._pending):
-            if fault.call != call or fault.pid not in (0, pid):
+            if fault.call not in (call, ANY) or fault.pid not in (0, pid):
                 continue
             fault.countdown -= 1
             if fault.countdown <= 0 and hit is None:

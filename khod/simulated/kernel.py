@@ -21,7 +21,8 @@ from typing import Any
 from khod.core.ports import Boot
 from khod.folio.units import PAGE_SHIFT, Range
 from khod.simulated.buddy import Buddy
-from khod.simulated.faults import Fault, Faults, KernelPanic, ProcessDied
+from khod.simulated.custodian import Custodian
+from khod.simulated.faults import CALLER, FIRST, SECOND, Fault, Faults, KernelPanic, ProcessDied
 from khod.simulated.filecalls import FileCalls
 from khod.simulated.hostcalls import HostCalls
 from khod.simulated.kexec import Kexec
@@ -31,6 +32,7 @@ from khod.simulated.pages import Pages
 from khod.simulated.process import Process, RealFd
 from khod.simulated.ram import Ram
 from khod.simulated.record import Root, read_root, spared, write_root
+from khod.simulated.systemd import Systemd, absent
 from khod.simulated.task import Task
 
 Call = Callable[..., Any]
@@ -68,8 +70,13 @@ class Kernel:
             seen.release if seen else "",
         )
         self._count = seen.kexec_count if seen else 0
+        self.systemd = Systemd(self._fork("systemd"), self.luo) if hardware.systemd else None
+        self.custodian = Custodian(self.luo, self.systemd, self._fork)
         self._calls = self._table()
         self.faults = Faults(lambda: frozenset(self._calls))
+        if self.systemd is not None:
+            self.systemd.take_back()
+        self.custodian.start()
 
     @classmethod
     def boot(cls, directory: Path | str, *, release: Release | None = None, cmdline: str | None = None) -> Kernel:
@@ -124,15 +131,23 @@ class Kernel:
 
     def spawn(self, name: str) -> Process:
         """Start a process; what it calls, it calls in the caller's thread."""
-        return Process(_Direct(self, self.new_task(name)), name)
+        return self.seen(self.new_task(name))
+
+    def seen(self, task: Task) -> Process:
+        """A process that runs already, from outside the kernel."""
+        return Process(_Direct(self, task), task.name)
 
     def new_task(self, name: str) -> Task:
         """A process as the kernel knows it. Raises ProcessDied when there is no kernel any more."""
         with self._lock:
             self._check_alive()
-            task = self._tasks[self._next_pid] = Task(self._next_pid, name)
-            self._next_pid += 1
-            return task
+            return self._fork(name)
+
+    def _fork(self, name: str, twin: Task | None = None) -> Task:
+        """A process; if it is the twin of one, with the same descriptors."""
+        task = self._tasks[self._next_pid] = twin.clone(self._next_pid) if twin else Task(self._next_pid, name)
+        self._next_pid += 1
+        return task
 
     def task(self, pid: int) -> Task:
         """The living process `pid`. Raises OSError(ESRCH)."""
@@ -141,12 +156,20 @@ class Kernel:
         except KeyError:
             raise OSError(errno.ESRCH, f"no process {pid}")
 
-    def end(self, task: Task) -> None:
-        """The process is killed, or exited: its descriptors close."""
+    def end(self, *tasks: Task) -> None:
+        """These processes are killed all at once, or exited: their descriptors close."""
         with self._lock:
-            if self._tasks.pop(task.pid, None) is not None and not self.jumped:
-                task.exit()
-            task.dead = True
+            for task in tasks:
+                if self._tasks.pop(task.pid, None) is not None and not self.jumped:
+                    task.exit()
+                task.dead = True
+            if not self.jumped:
+                self.custodian.mourn()
+
+    def _end_all(self) -> None:
+        """Every process but PID 1 ends for good: nobody starts another custodian."""
+        self.custodian.twins, self.custodian.systemd = [], None
+        self.end(*(task for task in self._tasks.values() if self.systemd is None or task is not self.systemd.task))
 
     def _check_alive(self) -> None:
         if self.jumped:
@@ -165,36 +188,43 @@ class Kernel:
             if call is None:
                 raise ValueError(f"no call {name!r}")
             fault = self.faults.strike(name, task.pid)
-            if fault is not None:
-                self._strike(fault, task, args)
+            if fault is not None and not fault.after:
+                self._strike(fault, name, task, args)
             try:
                 result = call(task, *args)
             except OutOfMemoryKill as kill:
                 self.end(task)
                 raise ProcessDied(f"out of memory: {kill}")
-            if fault is not None or task.dead:
-                self.end(task)
+            if fault is not None and fault.after:
+                self.end(*self._victims(fault, task))
+            if task.dead:
                 raise ProcessDied(f"{task.name}[{task.pid}] died after {name}")
             return result
 
-    def _strike(self, fault: Fault, task: Task, args: tuple[Any, ...]) -> None:
-        """Raise what the fault means; returns when it strikes after the call."""
+    def _strike(self, fault: Fault, name: str, task: Task, args: tuple[Any, ...]) -> None:
+        """Raise what a fault before the call means; returns when the caller lives through it."""
         if fault.errno:
-            if fault.call == "retrieve_fd":
+            if name in ("retrieve_fd", "kernel_retrieve_fd"):
                 self.luo.retrieve_failed(task, fault.errno, *args)
             raise OSError(fault.errno, "injected")
-        if fault.after:
-            return
         if fault.torn:
             self.host.store_torn(args[0], fault.torn)
-        self.end(task)
-        raise ProcessDied(f"{task.name}[{task.pid}] died in {fault.call}")
+        self.end(*self._victims(fault, task))
+        if task.dead:
+            raise ProcessDied(f"{task.name}[{task.pid}] died in {name}")
+
+    def _victims(self, fault: Fault, caller: Task) -> list[Task]:
+        """Who dies of it, as far as they live."""
+        twins = dict(zip((FIRST, SECOND), self.custodian.twins, strict=False))
+        return [task for name, task in {CALLER: caller, **twins}.items() if name in fault.victims]
 
     def _table(self) -> dict[str, Call]:
-        luo, files, host, kexec = self.luo, self.files, self.host, self.kexec
+        luo, files, host, kexec, custody = self.luo, self.files, self.host, self.kexec, self.custodian
         calls: tuple[Call, ...] = (
-            *(luo.open_device, luo.probe, luo.create_session, luo.retrieve_session, luo.session_name),
-            *(luo.retrieve_fd, luo.finish),
+            *(luo.open_device, luo.probe, luo.create_session, luo.session_name, luo.finish),
+            *(custody.keep, custody.kept, custody.take, custody.drop, custody.sessions, custody.release),
+            *(custody.retrieve_session, custody.retrieve_fd, custody.offer, custody.withdraw, custody.room, custody.doubt),
+            custody.limit_custody,
             *(files.memfd, files.special, files.reopen, files.stat, files.read, files.write, files.populate),
             *(files.punch, files.truncate, files.add_seals, files.seek, files.duplicate, files.close),
             *(files.pass_fd, files.descriptor, files.window, files.frames, files.adopt, files.export),
@@ -202,8 +232,13 @@ class Kernel:
             *(host.store_read, host.store_append, host.store_cut, host.sync),
             *(kexec.load, kexec.load_old, kexec.unload, kexec.loaded, kexec.command_line),
             *(self._preserve_fd, self._execute, self._listing, self._kill, self._inject, self._limit_memory),
+            *(self._manager_present, self._manager_inhibit, self._manager_kexec),
         )
-        return {call.__name__.lstrip("_"): call for call in calls}
+        raw: dict[str, Call] = {
+            "kernel_retrieve_session": luo.retrieve_session,  # past the custodian
+            "kernel_retrieve_fd": luo.retrieve_fd,
+        }
+        return {call.__name__.lstrip("_"): call for call in calls} | raw
 
     def _preserve_fd(self, task: Task, session: int, fd: int, token: int, disposable: bool = False) -> None:
         """PRESERVE_FD; `disposable`: made in a child whom the kernel may kill, and whose death is told as ENOMEM."""
@@ -217,8 +252,12 @@ class Kernel:
     def _listing(self, task: Task) -> list[tuple[int, str]]:
         return [(other.pid, other.name) for other in self._tasks.values() if other is not task]
 
-    def _kill(self, task: Task, pid: int) -> None:
-        self.end(self.task(pid))
+    def _kill(self, task: Task, *pids: int) -> None:
+        """kill(2) with SIGKILL, of several processes at once."""
+        victims = [self.task(pid) for pid in pids]
+        if self.systemd is not None and self.systemd.task in victims:
+            raise OSError(errno.EPERM, "PID 1 takes no such signal")
+        self.end(*victims)
 
     def _inject(self, task: Task, call: str, fields: dict[str, Any]) -> None:
         """Plan a fault from outside the kernel's process (`khod.simulated.faults.Fault`)."""
@@ -226,7 +265,34 @@ class Kernel:
 
     def _limit_memory(self, task: Task, limit: int | None) -> None:
         """memory.max of the caller's control group."""
-        task.memory_max = limit
+        task.cgroup.memory_max = limit
+
+    # systemd's.
+
+    def _manager_present(self, task: Task) -> bool:
+        """Whether PID 1 is a systemd."""
+        return self.systemd is not None
+
+    def _manager_inhibit(self, task: Task, why: str) -> int:
+        """A delay inhibitor of logind's."""
+        if self.systemd is None:
+            raise absent("inhibit")
+        return self.systemd.inhibit(task, why)
+
+    def _manager_kexec(self, task: Task) -> None:
+        """systemctl kexec. PID 1 stops everybody, the caller first of all: here the call does not return any more. When the
+        kernel then refuses to jump (a fault of `execute`), PID 1 resets the machine."""
+        systemd = self.systemd
+        if systemd is None:
+            raise absent("kexec")
+        if self.kexec.image is None:
+            raise OSError(errno.EINVAL, "no image is loaded")
+        self._end_all()
+        systemd.hand_over()
+        if self.faults.strike("execute", systemd.task.pid) is not None:
+            self.power_off()
+            raise ProcessDied("the machine was reset")
+        self._execute(systemd.task)
 
     def _execute(self, task: Task) -> None:
         """reboot(LINUX_REBOOT_CMD_KEXEC). Returns to nobody: every process dies with the kernel."""
@@ -249,9 +315,10 @@ class Kernel:
         """Stop the machine: memory is gone, the disk stays."""
         with self._lock:
             if not self.jumped:
-                for task in list(self._tasks.values()):
-                    self.end(task)
+                self._end_all()
                 self.jumped = True
+                for task in self._tasks.values():
+                    task.dead = True
                 self.pages.ram.close()
             (self.directory / BOOT_FILE).unlink(missing_ok=True)
 

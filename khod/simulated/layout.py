@@ -104,6 +104,8 @@ class Hardware:
     memory: int
     scratch: tuple[tuple[int, int], ...]
     cmdline: str = DEFAULT_CMDLINE
+    systemd: bool = False
+    """Whether PID 1 is a systemd."""
 
     @classmethod
     def read(cls, directory: Path) -> Hardware:
@@ -112,7 +114,7 @@ class Hardware:
             raw = json.loads((directory / MACHINE_FILE).read_text())
         except FileNotFoundError:
             raise InvalidRequest(f"no simulated machine in {directory}", hint="khod.simulated.create makes one")
-        return cls(raw["memory"], tuple((start, end) for start, end in raw["scratch"]), raw["cmdline"])
+        return cls(raw["memory"], tuple((start, end) for start, end in raw["scratch"]), raw["cmdline"], raw["systemd"])
 
 
 def create(
@@ -121,11 +123,12 @@ def create(
     memory: int,
     scratch: Sequence[Range] | None = None,
     cmdline: str = DEFAULT_CMDLINE,
+    systemd: bool = False,
 ) -> Path:
     """Build a machine with `memory` bytes of RAM in `directory`, which must not hold one; returns the directory.
 
     Nothing is written but metadata: a TiB costs a sparse file. `scratch` are the regions that its kernels reserve for their
-    successors, multiples of 4 MiB inside RAM; by default an eighth of memory.
+    successors, multiples of 4 MiB inside RAM; by default an eighth of memory. `systemd`: whether it has one as PID 1.
     """
     path = Path(directory)
     regions = tuple(scratch) if scratch is not None else default_scratch(memory)
@@ -134,7 +137,7 @@ def create(
     (path / DISK).mkdir()
     with open(path / MEMORY_FILE, "xb") as file:
         file.truncate(ram_ranges(memory)[-1].end)
-    hardware = Hardware(memory, tuple((r.start, r.end) for r in regions), cmdline)
+    hardware = Hardware(memory, tuple((r.start, r.end) for r in regions), cmdline, systemd)
     _replace(path / MACHINE_FILE, asdict(hardware))
     return path
 

@@ -20,7 +20,7 @@ from khod.simulated.inode import IMPLIED_BY_EXEC, Inode, OpenFile
 from khod.simulated.pages import Pages
 from khod.simulated.record import FileRecord, SessionRecord, frames_of, free_blob, read_blob, write_blob
 from khod.simulated.shmem import Shmem
-from khod.simulated.task import Task
+from khod.simulated.task import Cgroup, Task
 
 MAX_PAGES = (1 << 32) - 1
 KNOWN_SEALS = 0x3F
@@ -178,6 +178,8 @@ class LiveUpdate:
     def retrieve_session(self, task: Task, name: bytes) -> int:
         """LIVEUPDATE_IOCTL_RETRIEVE_SESSION: once."""
         self._enter()
+        if len(task.table.files) >= task.table.limit:
+            raise OSError(errno.EMFILE, f"{task.table.limit} descriptors are open")
         session = self.incoming.get(name)
         if session is None:
             raise OSError(errno.ENOENT, "no incoming session of that name")
@@ -188,9 +190,10 @@ class LiveUpdate:
 
     def session_name(self, task: Task, fd: int) -> bytes:
         """LIVEUPDATE_SESSION_GET_NAME."""
-        return self._session(task, fd).name
+        return self.session(task, fd).name
 
-    def _session(self, task: Task, fd: int) -> Session:
+    def session(self, task: Task, fd: int) -> Session:
+        """What a descriptor of a session leads to. Raises OSError(ENOTTY) for another."""
         inode = task.file(fd).inode
         if not isinstance(inode, Session):
             raise OSError(errno.ENOTTY, f"descriptor {fd} is a {inode.kind}")
@@ -200,7 +203,7 @@ class LiveUpdate:
 
     def preserve_fd(self, task: Task, session: int, fd: int, token: int) -> None:
         """LIVEUPDATE_SESSION_PRESERVE_FD. Raises OutOfMemoryKill where Linux kills the caller."""
-        outgoing = self._session(task, session)
+        outgoing = self.session(task, session)
         if not isinstance(outgoing, Outgoing):
             raise OSError(errno.EINVAL, "an incoming session takes nothing")
         file = task.file(fd)
@@ -254,7 +257,7 @@ class LiveUpdate:
     # Files of an incoming session.
 
     def _waiting(self, task: Task, session: int, token: int) -> tuple[Incoming, Waiting]:
-        incoming = self._session(task, session)
+        incoming = self.session(task, session)
         if not isinstance(incoming, Incoming):
             raise OSError(errno.EINVAL, "an outgoing session gives nothing back")
         waiting = incoming.files.get(token)
@@ -268,10 +271,12 @@ class LiveUpdate:
         if waiting.errno:
             raise OSError(waiting.errno, f"token {token} failed before")
         if waiting.file is None:
-            if task.memory_max is not None and waiting.record.size > task.memory_max:
+            if len(task.table.files) >= task.table.limit:  # before the handler is asked: nothing is lost
+                raise OSError(errno.EMFILE, f"{task.table.limit} descriptors are open")
+            if not task.cgroup.admits(waiting.record.size):
                 self.retrieve_failed(task, errno.ENOMEM, session, token)
                 raise OSError(errno.ENOMEM, f"the memory limit of {task.name}[{task.pid}]")
-            waiting.file = self._revive(waiting.record).get()
+            waiting.file = self._revive(waiting.record, task.cgroup).get()
         return task.install(waiting.file)
 
     def retrieve_failed(self, task: Task, number: int, session: int, token: int) -> None:
@@ -281,11 +286,13 @@ class LiveUpdate:
             waiting.errno = number
             self.discard(waiting.record)
 
-    def _revive(self, record: FileRecord) -> OpenFile:
+    def _revive(self, record: FileRecord, cgroup: Cgroup) -> OpenFile:
         """A fresh executable root-owned memfd with the old folios: so F_SEAL_EXEC brings its company along (0x3e)."""
         inode = Shmem(self.pages, order=record.order)
         inode.pfns, inode.size = frames_of(self.pages.ram, record), record.size
         inode.seals = record.seals | (IMPLIED_BY_EXEC if record.seals & F_SEAL_EXEC else 0)
+        inode.charge, inode.charged = cgroup, record.size
+        cgroup.charged += record.size
         free_blob(self.pages, read_blob(self.pages.ram, record.folios)[1])
         self.held.add(inode)
         return OpenFile(inode, position=record.position)
@@ -298,7 +305,7 @@ class LiveUpdate:
 
     def finish(self, task: Task, session: int) -> None:
         """LIVEUPDATE_SESSION_FINISH; again: no effect."""
-        incoming = self._session(task, session)
+        incoming = self.session(task, session)
         if not isinstance(incoming, Incoming):
             raise OSError(errno.EINVAL, "an outgoing session does not finish")
         incoming.finish()

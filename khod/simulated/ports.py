@@ -4,7 +4,9 @@
 
 Contracts are those of the Protocols. The calls that faults can be injected into bear the names of the methods, except
 ``window`` (one for each that `Frames.windows` yields), ``frames`` (`Frames.pages`), ``memory_read`` (`Memory.read`),
-``store_read``, ``store_append`` and ``store_cut`` (`Store`), and ``command_line`` (`Kexec.running_cmdline`).
+``store_read``, ``store_append`` and ``store_cut`` (`Store`), ``command_line`` (`Kexec.running_cmdline`), and
+``manager_present`` (also for `ServiceManager.doubt`), ``manager_inhibit`` and ``manager_kexec`` (`ServiceManager`). Retrieving
+goes through the custodian, as `Custody` says; `KernelLiveUpdate` makes the kernel's own calls.
 """
 
 from __future__ import annotations
@@ -18,12 +20,19 @@ from typing import Any, NoReturn
 
 from khod.core import images, ports
 from khod.core.ports import WINDOW, Boot, FileStat, FolioWindow, Image, Machine, MemoryFigures, Stamp
-from khod.core.refusals import REFUSALS, preserve_refusal, refusal, session_name
+from khod.core.refusals import REFUSALS, deposit_name, preserve_refusal, refusal, session_name
 from khod.folio.units import Folio, Range
 from khod.simulated.faults import OpenFailed
 from khod.simulated.process import Process, RealFd
 
 _DEVICE_CALLS = ("probe", "create_session", "retrieve_session")
+_REFUSED_AS = {
+    "kernel_retrieve_session": "retrieve_session",
+    "kernel_retrieve_fd": "retrieve_fd",
+    "manager_inhibit": "inhibit",
+    "manager_kexec": "kexec",
+}
+"""Calls whose failures `khod.core.refusals` knows by another name."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class _Port:
             raise refusal("open_device", error.errno or 0, f"/dev/liveupdate: {error.strerror}")
         except OSError as error:
             number = error.errno or 0
+            name = _REFUSED_AS.get(name, name)
             opening = name in _DEVICE_CALLS and number not in REFUSALS.get(name, {})
             raise refusal("open_device" if opening else name, number, f"{what}: {error.strerror}")
 
@@ -73,6 +83,16 @@ class LiveUpdate(_Port):
     def session_name(self, session: int) -> str:
         raw = bytes(self._call(f"descriptor {session}", "session_name", session))
         return raw.decode("utf-8", "surrogateescape")
+
+
+class KernelLiveUpdate(LiveUpdate):
+    """The same past the custodian: what is retrieved, only the calling process holds."""
+
+    def retrieve_session(self, name: str) -> int:
+        return int(self._call(f"session {name!r}", "kernel_retrieve_session", session_name(name)))
+
+    def retrieve_fd(self, session: int, token: int) -> int:
+        return int(self._call(f"token {token} of session {session}", "kernel_retrieve_fd", session, token))
 
 
 class Files(_Port):
@@ -224,6 +244,56 @@ class Processes(_Port):
         return int(self._call(f"number {fd} of process {pid}", "descriptor", pid, fd))
 
 
+class Custody(_Port):
+    """See `khod.core.ports.Custody`."""
+
+    def keep(self, name: str, fd: int) -> None:
+        self._call(f"{name!r}, descriptor {fd}", "keep", deposit_name(name), fd)
+
+    def kept(self) -> Sequence[str]:
+        return list(self._call("custody", "kept"))
+
+    def take(self, name: str) -> int:
+        return int(self._call(repr(name), "take", name))
+
+    def drop(self, names: Sequence[str]) -> None:
+        self._call(", ".join(names), "drop", list(names))
+
+    def sessions(self) -> Sequence[str]:
+        return list(self._call("custody", "sessions"))
+
+    def release(self, session: str) -> None:
+        self._call(f"session {session!r}", "release", session)
+
+    def offer(self, sessions: Sequence[int]) -> None:
+        self._call(f"{len(sessions)} sessions", "offer", list(sessions))
+
+    def withdraw(self) -> None:
+        self._call("custody", "withdraw")
+
+    def room(self) -> int:
+        return int(self._call("custody", "room"))
+
+    def doubt(self, size: int, files: int) -> str:
+        return str(self._call("custody", "doubt", size, files))
+
+
+class ServiceManager(_Port):
+    """See `khod.core.ports.ServiceManager`. `kexec` does not return: whoever calls it is stopped at once."""
+
+    def present(self) -> bool:
+        return bool(self._call("PID 1", "manager_present"))
+
+    def doubt(self) -> str:
+        return "" if self.present() else "systemd is not PID 1 here"
+
+    def inhibit(self, why: str) -> int:
+        return int(self._call("logind", "manager_inhibit", why))
+
+    def kexec(self) -> None:
+        self._call("PID 1", "manager_kexec")
+
+
 def machine(process: Process) -> Machine:
     """All ports, as `process` sees them."""
     return Machine(
@@ -237,4 +307,6 @@ def machine(process: Process) -> Machine:
         filesystems=FileSystems(process),
         boot=BootInfo(process),
         processes=Processes(process),
+        custody=Custody(process),
+        manager=ServiceManager(process),
     )

@@ -52,9 +52,9 @@ class Process:
         """End; what is open closes."""
         self.transport.end()
 
-    def kill(self, pid: int) -> None:
-        """End another process."""
-        self.call("kill", pid)
+    def kill(self, *pids: int) -> None:
+        """End other processes, all at once."""
+        self.call("kill", *pids)
 
     def memfd(self, size: int, *, order: int = 0, noexec: bool = False, scatter: int | None = None) -> int:
         """A new memfd of holes. `order` is what shmem's huge page policy gives it, up to 18; `noexec`: MFD_NOEXEC_SEAL;
@@ -117,6 +117,11 @@ class Process:
         """memory.max of this process."""
         self.call("limit_memory", limit)
 
+    def limit_custody(self, *, memory: int | None = None, descriptors: int = 1 << 19) -> None:
+        """memory.max and LimitNOFILE= of the custodian's unit."""
+        self.call("limit_custody", memory, descriptors)
+
     def inject(self, call: str, **fields: Any) -> None:
-        """Plan a fault: `errno`, or none to die; `nth`, `after`, `forever`, `torn`, `pid` as `faults.Fault` has them."""
+        """Plan a fault: `errno`, or none to die; `nth`, `after`, `forever`, `torn`, `pid`, `victims` as
+        `faults.Fault` has them."""
         self.call("inject", call, fields)

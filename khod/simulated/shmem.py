@@ -28,6 +28,7 @@ from khod.simulated.buddy import Pfns
 from khod.simulated.inode import Inode, sealed_by
 from khod.simulated.pages import Pages
 from khod.simulated.ram import data, punch
+from khod.simulated.task import Cgroup
 
 _NOTHING: Pfns = np.empty(0, dtype=np.int64)
 
@@ -47,6 +48,9 @@ class Shmem(Inode):
         """Preserved: size and holes may not change (shmem_freeze)."""
         self.backing = -1
         """The host's memfd that holds the bytes of an adopted file."""
+        self.charge: Cgroup | None = None
+        """The control group that a retrieved file is charged to, with its size of then."""
+        self.charged = 0
         self.pfns = _NOTHING
         self._resize(size)
 
@@ -200,6 +204,8 @@ class Shmem(Inode):
         """Its folios go back, and so does the host's memfd."""
         self.pages.give_back(self.pfns, self.order)
         self.pfns = _NOTHING
+        if self.charge is not None:
+            self.charge.charged -= self.charged
         if self.backing >= 0:
             os.close(self.backing)
 

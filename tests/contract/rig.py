@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from khod.core.ports import Machine
+from khod.core.ports import LiveUpdate, Machine
 from khod.simulated import Process, image
+from khod.simulated.ports import KernelLiveUpdate as SimulatedLiveUpdate
 
 PAGE = 4096
 
@@ -27,6 +28,8 @@ class Rig(Protocol):
     """The other side of the ports of `machine`."""
 
     machine: Machine
+    raw: LiveUpdate
+    """The kernel's own calls, past the custodian: what is retrieved by them, only the calling process holds."""
 
     def memfd(self, size: int, contents: Mapping[int, bytes] | None = None, *, noexec: bool = False) -> int:
         """A memfd (MFD_EXEC, or MFD_NOEXEC_SEAL) of holes, but for `contents`, bytes by offset."""
@@ -72,6 +75,7 @@ class SimulatedRig:
 
     def __init__(self, machine: Machine, process: Process, other: Process, images: Path) -> None:
         self.machine = machine
+        self.raw: LiveUpdate = SimulatedLiveUpdate(process)
         self._process = process
         self._other = other
         self._images = images
@@ -126,10 +130,12 @@ sys.stdin.read()
 
 
 class KernelRig:
-    """On the running Linux, as root, with ``kho=on liveupdate=on``. `bzimage` is what may be loaded."""
+    """On the running Linux, as root, with ``kho=on liveupdate=on``. `raw` makes the calls of
+    /dev/liveupdate by itself, `bzimage` is what may be loaded."""
 
-    def __init__(self, machine: Machine, bzimage: str) -> None:
+    def __init__(self, machine: Machine, raw: LiveUpdate, bzimage: str) -> None:
         self.machine = machine
+        self.raw = raw
         self._bzimage = bzimage
 
     def memfd(self, size: int, contents: Mapping[int, bytes] | None = None, *, noexec: bool = False) -> int:

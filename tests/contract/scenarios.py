@@ -114,7 +114,7 @@ def _once_before(machine: Machine, rig: Rig) -> Remembered:
 
 
 def _once_after(machine: Machine, rig: Rig, known: Remembered) -> None:
-    live = machine.liveupdate
+    live = rig.raw
     session = live.retrieve_session("contract.once")
     with pytest.raises(errors.SessionTaken):
         live.retrieve_session("contract.once")
@@ -141,7 +141,7 @@ def _finish_before(machine: Machine, rig: Rig) -> Remembered:
 
 
 def _finish_after(machine: Machine, rig: Rig, known: Remembered) -> None:
-    live = machine.liveupdate
+    live = rig.raw
     for name in ("contract.finish", "contract.close"):
         session = live.retrieve_session(name)
         kept = live.retrieve_fd(session, 0)

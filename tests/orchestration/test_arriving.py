@@ -313,7 +313,7 @@ def test_a_khod_that_ended_before_it_was_finished_says_what_is_gone(world: World
         await world.khod()
         await world.register("vm-1", world.memory())
         await world.jump()
-        world.workload.kill(world.process.pid)
+        world.kill(world.process, *world.twins())  # all who held it
         host = await world.khod()
         assert host.state is State.LOST
         assert "ended before" in host.problems[0]

@@ -151,6 +151,14 @@ class World:
         await self.host.start()
         return self.host
 
+    def kill(self, *victims: Process) -> None:
+        """SIGKILL, all at once."""
+        self.workload.kill(*(victim.pid for victim in victims))
+
+    def twins(self) -> tuple[Process, ...]:
+        """The two processes of the custodian."""
+        return tuple(self.kernel.seen(task) for task in self.kernel.custodian.twins)
+
     def memory(self, size: int = MIB, fill: bytes = b"guest", process: Process | None = None) -> int:
         """A memfd of the workload's, with `fill` at the start of every page."""
         owner = process or self.workload

@@ -10,17 +10,18 @@ import pytest
 
 from khod import errors
 from khod.core import refusals
-from khod.core.refusals import command_line, preserve_refusal, refusal, refused, session_name
+from khod.core.refusals import command_line, deposit_name, preserve_refusal, refusal, refused, session_name
 
+CUSTODY = "EBADF BadDescriptor, EMFILE CustodyFull, ECONNREFUSED CustodianGone"
 DOCUMENTED = {
     "open_device": "ENOENT DeviceMissing, ENODEV DeviceMissing, ENXIO DeviceMissing, EACCES DeviceForbidden,"
     " EPERM DeviceForbidden, EBUSY DeviceBusy, EIO DeviceBroken",
     "create_session": "EINVAL SessionNameInvalid, EEXIST SessionExists, ENOSPC TooManyPreserved, ENOMEM OutOfMemory",
-    "retrieve_session": "EINVAL SessionTaken, ENOENT SessionUnknown, ENOMEM OutOfMemory",
+    "retrieve_session": f"{CUSTODY}, EINVAL SessionTaken, ENOENT SessionUnknown, ENOMEM OutOfMemory",
     "preserve_fd": "EBADF BadDescriptor, ENOTTY NotASession, EINVAL SessionDirection, ENOENT FdNotPreservable,"
     " EEXIST TokenExists, EBUSY AlreadyPreserved, EFBIG FileTooLarge, EOPNOTSUPP SealsUnknown, ENOSPC TooManyPreserved,"
     " ENOMEM OutOfMemory",
-    "retrieve_fd": "EBADF BadDescriptor, ENOTTY NotASession, EINVAL SessionDirection, ENOENT TokenUnknown,"
+    "retrieve_fd": f"{CUSTODY}, ENOTTY NotASession, EINVAL SessionDirection, ENOENT TokenUnknown,"
     " ENOMEM RetrieveFailed, EIO RetrieveFailed",
     "finish": "EBADF BadDescriptor, ENOTTY NotASession, EINVAL SessionDirection",
     "session_name": "EBADF BadDescriptor, ENOTTY NotASession",
@@ -33,13 +34,18 @@ DOCUMENTED = {
     "window": "EBADF BadDescriptor",
     "frames": "EBADF BadDescriptor",
     "descriptor": "ESRCH InvalidRequest, EINVAL InvalidRequest, EBADF InvalidRequest, EPERM NotPermitted, EACCES NotPermitted",
+    **dict.fromkeys(("keep", "kept", "drop", "sessions", "release", "withdraw", "room", "doubt"), CUSTODY),
+    "take": f"{CUSTODY}, ENOENT InvalidRequest",
+    "offer": f"{CUSTODY}, ENOTTY NotASession, EINVAL SessionDirection, ENXIO Refused",
+    "inhibit": "ENXIO Refused",
+    "kexec": "ENXIO Refused, EINVAL NothingLoaded, EIO KexecFailed",
     **dict.fromkeys(
         ("stat", "read", "write", "add_seals", "truncate", "duplicate", "close", "adopt", "export"),
         "EBADF BadDescriptor, EPERM FileFrozen, ENOMEM OutOfMemory, ENOSPC OutOfMemory",
     ),
 }
 ROWS = [(call, *row.split()) for call, rows in DOCUMENTED.items() for row in rows.split(",")]
-UNDOCUMENTED = sorted(DOCUMENTED.keys() - {"retrieve_fd", "execute", "sync"})
+UNDOCUMENTED = sorted(DOCUMENTED.keys() - {"retrieve_fd", "execute", "kexec", "sync"})
 
 
 @pytest.mark.parametrize(("call", "number", "kind"), ROWS)
@@ -93,6 +99,13 @@ def test_an_oserror_becomes_the_call_s_refusal_and_others_pass() -> None:
     assert unnumbered.value.errno == 0
     with pytest.raises(errors.OutOfMemory, match="said before"), refused("stat", "it"):
         raise errors.OutOfMemory("said before")
+
+
+@pytest.mark.parametrize("name", ["", "n" * 11, "Book", "a-b", "ü", "a\n"])
+def test_names_that_custody_does_not_take(name: str) -> None:
+    assert deposit_name("0123456789") == "0123456789"
+    with pytest.raises(errors.InvalidRequest, match="1 to 10"):
+        deposit_name(name)
 
 
 @pytest.mark.parametrize("name", ["a", "n" * 63, "ü" * 31, "a/b c", "\udcff"])

@@ -127,10 +127,10 @@ def test_a_memory_limit_ruins_what_is_retrieved(kernel: Kernel, phys: int, jump:
     process = booted.spawn("khod")
     live = machine(process).liveupdate
     session = live.retrieve_session("a")
-    process.limit_memory(SIZE - 1)
+    process.limit_custody(memory=SIZE - 1)
     with pytest.raises(errors.RetrieveFailed):
         live.retrieve_fd(session, 0)
-    process.limit_memory(None)
+    process.limit_custody()
     with pytest.raises(errors.RetrieveFailed):
         live.retrieve_fd(session, 0)
 
