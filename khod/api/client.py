@@ -34,6 +34,11 @@ def connect(path: Path, timeout: float | None = None) -> Client:
 
     Raises Lost when nobody answers there, NotPermitted when the socket may not be used.
     """
+    return Client(dial(path, timeout))
+
+
+def dial(path: Path, timeout: float | None = None) -> socket.socket:
+    """The connection alone."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(timeout)
     try:
@@ -44,7 +49,7 @@ def connect(path: Path, timeout: float | None = None) -> Client:
     except OSError as error:
         sock.close()
         raise Lost(f"khod does not answer at {path}: {error.strerror or error}", hint="is it running? systemctl status khod")
-    return Client(sock)
+    return sock
 
 
 class Client:

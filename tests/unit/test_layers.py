@@ -18,6 +18,7 @@ LAYERS = [
     {"plugin"},
     {"kernel", "simulated"},
     {"api"},
+    {"client"},
     {"daemon", "demo"},
     {"cli"},
 ]
