@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 APT := tools/apt-missing
 APT_RUN := python3 python3-venv python3-dev gcc pkg-config libsystemd-dev make git ca-certificates
-APT_TEST := device-tree-compiler systemd dbus-daemon
+APT_TEST := device-tree-compiler systemd dbus-daemon zstd xz-utils lz4 lzop
 APT_BENCH := gcc libssl-dev
 APT_VM := qemu-system-x86 gdb kmod e2fsprogs
 # The lab's machine sees this host's files, and only root may show them all; the kernel stays in the caller's cache.

@@ -22,12 +22,20 @@ _END = 0x264
 _BOOT_FLAG = 0x1FE, b"\x55\xaa"
 _MAGIC = 0x202, b"HdrS"
 _LOADFLAGS = 0x211
+_SETUP_SECTS = 0x1F1
 _VERSION = Struct("<H"), 0x206
 _RELEASE = Struct("<H"), 0x20E
+_ALIGNMENT = Struct("<I"), 0x230
 _XLOADFLAGS = Struct("<H"), 0x236
 _CMDLINE_SIZE = Struct("<I"), 0x238
+_PAYLOAD_OFFSET = Struct("<I"), 0x248
+_PAYLOAD_LENGTH = Struct("<I"), 0x24C
+_PREF_ADDRESS = Struct("<Q"), 0x258
 _INIT_SIZE = Struct("<I"), 0x260
 _RELEASE_BASE = 0x200
+_SETUP_SECTS_DEFAULT = 4
+_SECTOR = 512
+_U32 = Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,20 @@ class SetupHeader:
     """The longest command line in bytes, without its NUL."""
     init_size: int
     """Bytes of contiguous memory that the kernel needs to unpack itself."""
+    alignment: int = 0
+    """Of the address that it is loaded at."""
+    pref_address: int = 0
+    """The address that it would like; kexec_file_load puts it nowhere below."""
+    setup_size: int = 0
+    """Bytes of the file before the part that is loaded."""
+    payload_offset: int = 0
+    """Of the compressed kernel, from there."""
+    payload_length: int = 0
+
+    @property
+    def version(self) -> str:
+        """``uname -r`` of the kernel in it; '' when it does not say."""
+        return self.release.split(" ")[0]
 
     @property
     def objection(self) -> str:
@@ -73,7 +95,37 @@ def parse(head: bytes) -> SetupHeader:
         xloadflags=_number(head, _XLOADFLAGS),
         cmdline_size=_number(head, _CMDLINE_SIZE),
         init_size=_number(head, _INIT_SIZE),
+        alignment=_number(head, _ALIGNMENT),
+        pref_address=_number(head, _PREF_ADDRESS),
+        setup_size=((head[_SETUP_SECTS] or _SETUP_SECTS_DEFAULT) + 1) * _SECTOR,
+        payload_offset=_number(head, _PAYLOAD_OFFSET),
+        payload_length=_number(head, _PAYLOAD_LENGTH),
     )
+
+
+def payload(image: bytes, header: SetupHeader) -> bytes:
+    """The compressed kernel in `image`, a whole file whose header was read. Raises FormatError when the file ends before it."""
+    start = header.setup_size + header.payload_offset
+    end = start + header.payload_length
+    if header.payload_length < _U32.size or header.payload_offset == 0:
+        raise FormatError("its header names no payload")
+    if end > len(image):
+        raise FormatError(f"it was cut off: its kernel ends at byte {end}, the file at {len(image)}")
+    # The build appends the size to all but gzip, whose stream ends with it. What follows a stream is ignored.
+    return image[start:end] if image.startswith(b"\x1f\x8b", start) else image[start : end - _U32.size]
+
+
+def signature(image: bytes) -> bool | None:
+    """Whether an image carries a signature for UEFI (the certificate table of its PE header, which is what kexec verifies);
+    None when it has no PE header, and so cannot."""
+    if len(image) < 0x40 or not image.startswith(b"MZ"):
+        return None
+    (at,) = _U32.unpack_from(image, 0x3C)
+    optional = at + 24
+    if image[at : at + 4] != b"PE\0\0" or image[optional : optional + 2] != b"\x0b\x02" or len(image) < optional + 152:
+        return None
+    directories, size = _U32.unpack_from(image, optional + 108)[0], _U32.unpack_from(image, optional + 148)[0]
+    return bool(directories > 4 and size)
 
 
 def _number(head: bytes, field: tuple[Struct, int]) -> int:

@@ -40,7 +40,7 @@ def header(**changes: tuple[int, bytes]) -> bytes:
 
 def test_the_header_of_a_bzimage() -> None:
     found = bzimage.parse(header())
-    assert found == bzimage.SetupHeader(0x20F, "7.3.4 (who) #1", 0x7F, 2047, 0x12E1000)
+    assert found == bzimage.SetupHeader(0x20F, "7.3.4 (who) #1", 0x7F, 2047, 0x12E1000, setup_size=2560)
     assert found.objection == ""
 
 
