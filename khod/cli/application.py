@@ -16,6 +16,7 @@ from khod.cli import (
     claim,
     demo,
     finish,
+    formats,
     history,
     inspection,
     instances,
@@ -42,6 +43,7 @@ COMMANDS: tuple[tuple[str, Callable[..., object]], ...] = (
     ("finish", finish.finish),
     ("history", history.history),
     ("inspect", inspection.inspect),
+    ("formats", formats.formats),
     ("demo", demo.demo),
 )
 
