@@ -157,12 +157,16 @@ class Participant:
     def close(self) -> None:
         """Hang up, and wait for the call to the workload that is under way; instances of lifetime 'connection' end with it.
         Again: no effect. A workload that stands still is not told to go on: who closes, knows."""
-        self._closing.set()
-        self._hang_up()
+        self.hang_up()
         if self._thread is None:
             self._let_go()
         elif self._thread is not threading.current_thread():
             self._thread.join()
+
+    def hang_up(self) -> None:
+        """Begin to close, and wait for nothing."""
+        self._closing.set()
+        self._hang_up()
 
     def _let_go(self) -> None:
         """Close everything: by the thread, where there is one."""

@@ -17,15 +17,16 @@ async def blocking(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwarg
     A system call under way cannot be cancelled. When the caller is (an abort, a deadline), this waits for the call to end all
     the same: what it works on must not be closed, or its number taken by another file, beneath it.
     """
-    return await _uninterrupted(asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs)), lambda _: None)
+    return await uninterrupted(asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs)), lambda _: None)
 
 
 async def opening(close: Callable[[int], Any], function: Callable[P, int], /, *args: P.args, **kwargs: P.kwargs) -> int:
     """Like `blocking`, for a call that returns an owned descriptor: it is closed if the caller was cancelled meanwhile."""
-    return await _uninterrupted(asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs)), close)
+    return await uninterrupted(asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs)), close)
 
 
-async def _uninterrupted(call: asyncio.Future[T], discard: Callable[[T], Any]) -> T:
+async def uninterrupted(call: asyncio.Future[T], discard: Callable[[T], Any]) -> T:
+    """Wait for a call to end even when the waiting is cancelled; what it then gives is handed to `discard`."""
     try:
         return await asyncio.shield(call)
     except asyncio.CancelledError:
