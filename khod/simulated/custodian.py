@@ -70,13 +70,9 @@ class Custodian:
                 self._deposits[name] = self._table.install(self.systemd.stored(label))
             case ("session", name):
                 self._sessions[name] = Session(self._table.install(self.systemd.stored(label)))
-            case ("file", name, token) if name in self._sessions:
-                self._sessions[name].files[int(token)] = self._table.install(self.systemd.stored(label))
             case ("outgoing", name):
                 self._offered[name] = self._table.install(self.systemd.stored(label))
                 self._offering = True
-            case _:  # a file whose session did not come along: nobody could ask for it
-                self.systemd.remove(label)
 
     def mourn(self) -> None:
         """Processes have died: a twin makes another twin, and PID 1 another custodian."""
@@ -106,23 +102,22 @@ class Custodian:
         task.custodian = self.number
 
     def _labels(self) -> Iterator[tuple[Label, int]]:
-        """All that belongs in the store while nothing is offered; sessions before their files."""
+        """All that belongs in the store while nothing is offered. Not the files of a session: until it is finished it gives
+        them again."""
         for name, fd in self._deposits.items():
             yield ("deposit", name), fd
         for name, session in self._sessions.items():
             yield ("session", name), session.fd
-            for token, fd in session.files.items():
-                yield ("file", name, str(token)), fd
 
-    def _room(self) -> int:
+    def _room(self, *, stored: bool = True) -> int:
         left = self._table.limit - len(self._table.files)
-        if self.systemd is not None:
-            left = min(left, self.systemd.store_max - sum(1 for _ in self._labels()) - len(self._offered))
+        if self.systemd is not None and stored:
+            left = min(left, self.systemd.store_max - len(self._deposits) - len(self._sessions) - len(self._offered))
         return max(0, left)
 
-    def _need(self, count: int) -> None:
-        if self._room() < count:
-            raise OSError(errno.EMFILE, f"room for {self._room()} more descriptors, {count} are needed")
+    def _need(self, count: int, *, stored: bool = True) -> None:
+        if self._room(stored=stored) < count:
+            raise OSError(errno.EMFILE, f"room for {self._room(stored=stored)} more descriptors, {count} are needed")
 
     def _store(self, label: Label, fd: int) -> None:
         if self.systemd is not None and not self._offering:
@@ -190,9 +185,8 @@ class Custodian:
             self._store(("session", name), self._sessions[name].fd)
         held = self._sessions[name]
         if token not in held.files:
-            self._need(1)
+            self._need(1, stored=False)
             held.files[token] = self.luo.retrieve_fd(self.twins[0], held.fd, token)
-            self._store(("file", name, str(token)), held.files[token])
         return task.install(self._table.files[held.files[token]])
 
     def sessions(self, task: Task) -> list[str]:
@@ -208,8 +202,7 @@ class Custodian:
             return
         self._unstore(("session", session))
         self._table.close(held.fd)
-        for token, fd in held.files.items():
-            self._unstore(("file", session, str(token)))
+        for fd in held.files.values():
             self._table.close(fd)
 
     # For a jump by PID 1.
@@ -262,8 +255,8 @@ class Custodian:
         if not self.cgroup.admits(size):
             left = (self.cgroup.memory_max or 0) - self.cgroup.charged
             return f"{size} bytes do not fit under memory.max of khod-custodian.service ({left} left): raise MemoryMax="
-        if self._room() < files:
-            return f"khod-custodian.service has room for {self._room()} more descriptors, not for {files}: raise LimitNOFILE="
+        if (room := self._room(stored=False)) < files:
+            return f"khod-custodian.service has room for {room} more descriptors, not for {files}: raise LimitNOFILE="
         return ""
 
     def limit_custody(self, task: Task, memory: int | None, descriptors: int) -> None:

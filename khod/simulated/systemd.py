@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """PID 1, where it is a systemd: a store of descriptors that outlives services, and the jump that it makes (decision 17).
 
-What the custodian stores goes by a label: ('deposit', name), ('session', name), ('file', name of the session, token) or
-('outgoing', name). On the way into the next kernel outgoing sessions travel by themselves, under their own names; everything
-else travels in PID 1's own session `systemd`, if the kernel preserves it, and is lost otherwise. Token 0 lists it all.
+What the custodian stores goes by a label: ('deposit', name), ('session', name) or ('outgoing', name). On the way into the
+next kernel outgoing sessions travel by themselves, under their own names; everything else travels in PID 1's own session
+`systemd`, if the kernel preserves it, and is lost otherwise. Token 0 of that lists it all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from khod.simulated.luo import LiveUpdate, Outgoing, OutOfMemoryKill
 from khod.simulated.shmem import Shmem
 from khod.simulated.task import Task
 
-Label = tuple[str, ...]
+Label = tuple[str, str]
 _SESSION = b"systemd"
 
 
@@ -74,8 +74,7 @@ class Systemd:
     def hand_over(self) -> None:
         """What systemd-shutdown does with the store before it jumps, when it has killed everybody else. A descriptor that the
         kernel does not preserve is lost."""
-        for label in [label for label in self.store if label[:2] == ("outgoing", _SESSION.decode())]:
-            self.remove(label)  # that name is PID 1's own
+        self.remove(("outgoing", _SESSION.decode()))  # that name is PID 1's own
         session = self.luo.create_session(self.task, _SESSION)
         listed: list[dict[str, object]] = []
         for number, (label, fd) in enumerate(self.store.items(), 1):
@@ -99,14 +98,14 @@ class Systemd:
         index = self.task.file(self.luo.retrieve_fd(self.task, session, 0)).inode
         assert isinstance(index, Shmem)
         for entry in json.loads(index.read(0, index.stat().size)):
-            label = tuple(entry["label"])
+            kind, name = entry["label"]
             with suppress(OSError):
                 if "session" in entry:
                     fd = self.luo.retrieve_session(self.task, bytes.fromhex(entry["session"]))
-                    label = ("session", *label[1:])
+                    kind = "session"
                 else:
                     fd = self.luo.retrieve_fd(self.task, session, entry["token"])
-                self.store[label] = fd
+                self.store[kind, name] = fd
         self.luo.finish(self.task, session)
         for fd in set(self.task.table.files) - set(self.store.values()):
             self.task.close(fd)

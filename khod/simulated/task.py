@@ -19,19 +19,23 @@ class Table:
     sharers: int = 1
     limit: int = MAX_DESCRIPTORS
     """RLIMIT_NOFILE."""
+    _lowest: int = 3
+    """No lower number is free."""
 
     def install(self, file: OpenFile) -> int:
         """The lowest free descriptor, for `file`. Raises OSError(EMFILE)."""
-        fd = 3
-        while fd in self.files:
-            fd += 1
         if len(self.files) >= self.limit:
             raise OSError(errno.EMFILE, f"{self.limit} descriptors are open")
+        fd = self._lowest
+        while fd in self.files:
+            fd += 1
+        self._lowest = fd + 1
         self.files[fd] = file.get()
         return fd
 
     def close(self, fd: int) -> None:
         """Close one that is open."""
+        self._lowest = min(self._lowest, fd)
         self.files.pop(fd).put()
 
     def leave(self) -> None:

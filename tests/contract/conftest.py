@@ -16,7 +16,7 @@ import pytest
 from khod.core.ports import Machine
 from khod.kernel.liveupdate import KernelLiveUpdate
 from khod.kernel.machine import machine as kernel_machine
-from khod.simulated import create, machine
+from khod.simulated import create
 from khod.simulated.kernel import Kernel
 from tests.contract.rig import KernelRig, Rig, SimulatedRig
 
@@ -36,8 +36,7 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
 def simulated(directory: Path) -> Iterator[Rig]:
     """A simulated machine, booted for one test."""
     kernel = Kernel.boot(create(directory / "machine", memory=MEMORY))
-    process, other = kernel.spawn("khod"), kernel.spawn("other")
-    yield SimulatedRig(machine(process), process, other, directory)
+    yield SimulatedRig(kernel.spawn("khod"), kernel.spawn, directory)
     kernel.power_off()
 
 
@@ -52,7 +51,7 @@ def device() -> Iterator[KernelLiveUpdate]:
 def running(directory: Path, device: KernelLiveUpdate) -> Iterator[Rig]:
     """The running kernel. What a failed test left open is closed: the next would fail for a reason that is not its own."""
     before = descriptors()
-    yield KernelRig(replace(kernel_machine(directory), liveupdate=device), device, os.environ["KHOD_BZIMAGE"])
+    yield KernelRig(replace(kernel_machine(directory), liveupdate=device), device, os.environ["KHOD_BZIMAGE"], directory)
     for fd, link in descriptors().items() - before.items():
         if not link.startswith("socket:"):  # those are the helpers'
             os.close(fd)

@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
-from khod.simulated import ENVIRONMENT, connect, machine
+from khod.simulated import ENVIRONMENT, connect
 from tests.contract.rig import SimulatedRig
 from tests.contract.scenarios import after_all, before_all
 
@@ -17,9 +18,9 @@ REMEMBERED, OUTCOME = "remembered.json", "outcome.json"
 
 def main(directory: Path) -> None:
     """Before the jump, jump; after it, leave the outcome in `directory`."""
-    process = connect(os.environ[ENVIRONMENT], "init")
-    host = machine(process)
-    rig = SimulatedRig(host, process, connect(os.environ[ENVIRONMENT], "other"), directory)
+    spawn = partial(connect, os.environ[ENVIRONMENT])
+    rig = SimulatedRig(spawn("init"), spawn, directory)
+    host = rig.machine
     if host.boot.boot().handover:
         outcome = after_all(host, rig, json.loads((directory / REMEMBERED).read_text()))
         (directory / OUTCOME).write_text(json.dumps({**outcome, "imports numpy": str("numpy" in sys.modules)}))

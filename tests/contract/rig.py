@@ -10,15 +10,16 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from khod.core.ports import LiveUpdate, Machine
-from khod.simulated import Process, image
+from khod.simulated import Process, image, machine
 from khod.simulated.ports import KernelLiveUpdate as SimulatedLiveUpdate
 
 PAGE = 4096
@@ -65,6 +66,14 @@ class Rig(Protocol):
         """Another process with a memfd: its pid, and the number of the descriptor there. At the end it exits."""
         ...
 
+    def keep_and_die(self, name: str, contents: bytes) -> None:
+        """Another process gives a memfd into custody, and is killed."""
+        ...
+
+    def retrieve_and_die(self, session: str, token: int) -> None:
+        """Another process retrieves a session and a file of it by way of custody, and is killed."""
+        ...
+
     def kernel_image(self) -> str:
         """Path of a kernel that can be loaded."""
         ...
@@ -73,11 +82,13 @@ class Rig(Protocol):
 class SimulatedRig:
     """On a simulated machine, whichever way its kernel is reached."""
 
-    def __init__(self, machine: Machine, process: Process, other: Process, images: Path) -> None:
-        self.machine = machine
+    def __init__(self, process: Process, spawn: Callable[[str], Process], images: Path) -> None:
+        """`spawn` makes a process of that name; what `images` become are files there."""
+        self.machine = machine(process)
         self.raw: LiveUpdate = SimulatedLiveUpdate(process)
         self._process = process
-        self._other = other
+        self._spawn = spawn
+        self._other = spawn("other")
         self._images = images
 
     def memfd(self, size: int, contents: Mapping[int, bytes] | None = None, *, noexec: bool = False) -> int:
@@ -114,12 +125,43 @@ class SimulatedRig:
         yield self._other.pid, fd
         self._other.exit()
 
+    def keep_and_die(self, name: str, contents: bytes) -> None:
+        with self._victim() as process:
+            fd = process.memfd(len(contents))
+            process.write(fd, 0, contents)
+            machine(process).custody.keep(name, fd)
+
+    def retrieve_and_die(self, session: str, token: int) -> None:
+        with self._victim() as process:
+            live = machine(process).liveupdate
+            live.retrieve_fd(live.retrieve_session(session), token)
+
+    @contextmanager
+    def _victim(self) -> Iterator[Process]:
+        process = self._spawn("victim")
+        yield process
+        self._process.kill(process.pid)
+        process.exit()
+
     def kernel_image(self) -> str:
         path = self._images / "bzImage"
         path.write_bytes(image.build())
         return str(path)
 
 
+_VICTIM = """
+import os, signal, sys
+from pathlib import Path
+from khod.kernel.machine import machine
+host = machine(Path(sys.argv[1]))
+if sys.argv[2] == "keep":
+    fd = host.files.memfd("deposit", 0)
+    host.files.write(fd, 0, sys.stdin.buffer.read())
+    host.custody.keep(sys.argv[3], fd)
+else:
+    host.liveupdate.retrieve_fd(host.liveupdate.retrieve_session(sys.argv[3]), int(sys.argv[4]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 _CLIENT = """
 import os, sys
 fd = os.memfd_create("client", 0x10)
@@ -130,11 +172,12 @@ sys.stdin.read()
 
 
 class KernelRig:
-    """On the running Linux, as root, with ``kho=on liveupdate=on``. `raw` makes the calls of
-    /dev/liveupdate by itself, `bzimage` is what may be loaded."""
+    """On the running Linux, as root, with ``kho=on liveupdate=on``. `raw` makes the calls of /dev/liveupdate by itself,
+    `bzimage` is what may be loaded, `state` the directory of the machine's journal."""
 
-    def __init__(self, machine: Machine, raw: LiveUpdate, bzimage: str) -> None:
+    def __init__(self, machine: Machine, raw: LiveUpdate, bzimage: str, state: Path) -> None:
         self.machine = machine
+        self._state = state
         self.raw = raw
         self._bzimage = bzimage
 
@@ -185,6 +228,17 @@ class KernelRig:
             child.stdin.flush()
             yield child.pid, int(child.stdout.readline())
             child.stdin.close()
+
+    def keep_and_die(self, name: str, contents: bytes) -> None:
+        self._victim("keep", name, given=contents)
+
+    def retrieve_and_die(self, session: str, token: int) -> None:
+        self._victim("retrieve", session, str(token))
+
+    def _victim(self, *words: str, given: bytes = b"") -> None:
+        argv = [sys.executable, "-c", _VICTIM, str(self._state), *words]
+        done = subprocess.run(argv, input=given, capture_output=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
     def kernel_image(self) -> str:
         return self._bzimage

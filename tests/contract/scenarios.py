@@ -218,6 +218,70 @@ def _closed_after(machine: Machine, rig: Rig, known: Remembered) -> None:
     assert not machine.kexec.loaded()
 
 
+def _kept_before(machine: Machine, rig: Rig) -> Remembered:
+    outgoing(machine, "contract.kept", rig.memfd(PAGE, {0: b"kept"}))
+    outgoing(machine, "contract.taken", rig.memfd(PAGE))
+    machine.custody.keep("crossed", rig.memfd(PAGE))
+    return {}
+
+
+def _kept_after(machine: Machine, rig: Rig, known: Remembered) -> None:
+    """What somebody retrieved is in custody: whoever asks again gets the same, whatever became of the first."""
+    live, custody = machine.liveupdate, machine.custody
+    assert "crossed" not in custody.kept(), "a deposit does not outlive the kernel"
+    rig.retrieve_and_die("contract.kept", 0)
+    assert "contract.kept" in custody.sessions()
+    sessions = [live.retrieve_session("contract.kept") for _ in range(2)]
+    assert [live.session_name(session) for session in sessions] == ["contract.kept"] * 2
+    first, second = (live.retrieve_fd(session, 0) for session in sessions)
+    rig.seek(first, 99)
+    assert first != second and rig.seek(second) == 99
+    for fd in (first, second, *sessions):
+        machine.files.close(fd)
+    session = live.retrieve_session("contract.kept")
+    fd = live.retrieve_fd(session, 0)
+    assert rig.seek(fd) == 99
+    assert machine.files.read(fd, 0, 4) == b"kept"
+    with pytest.raises(errors.TokenUnknown):
+        live.retrieve_fd(session, 7)
+    # The kernel gives it once, and the custodian is not the kernel.
+    rig.raw.retrieve_session("contract.taken")
+    with pytest.raises(errors.SessionTaken):
+        live.retrieve_session("contract.taken")
+    assert "contract.taken" not in custody.sessions()
+
+
+def _release_before(machine: Machine, rig: Rig) -> Remembered:
+    for name in ("contract.release", "contract.done"):
+        outgoing(machine, name, rig.memfd(PAGE, {0: b"held"}), rig.memfd(32 << 20), rig.memfd(32 << 20, {5: b"too"}))
+    return {}
+
+
+def _release_after(machine: Machine, rig: Rig, known: Remembered) -> None:
+    live, custody = machine.liveupdate, machine.custody
+    for name, finished in (("contract.release", False), ("contract.done", True)):
+        session = live.retrieve_session(name)
+        held, third = live.retrieve_fd(session, 0), live.retrieve_fd(session, 2)
+        if finished:
+            live.finish(session)
+        machine.files.close(session)
+        before = machine.memory.figures().available
+        custody.release(name)
+        custody.release(name)
+        assert name not in custody.sessions()
+        # Of an unfinished session what was not retrieved is free now; what somebody holds stays in either case.
+        freed = machine.memory.figures().available - before
+        assert freed < 8 << 20 if finished else freed > 24 << 20
+        with pytest.raises(errors.SessionUnknown):
+            live.retrieve_session(name)
+        assert machine.files.read(held, 0, 4) == b"held"
+        assert machine.files.read(third, 5, 3) == b"too"
+        before = machine.memory.figures().available
+        machine.files.close(third)
+        assert machine.memory.figures().available - before > 24 << 20, "the custodian held nothing any more"
+        outgoing(machine, name, held)
+
+
 def _listed_before(machine: Machine, rig: Rig) -> Remembered:
     """A file that is preserved lists the frames of one that is not: as a map does that khod wrote wrongly."""
     victim = rig.memfd(64 * PAGE, {0: pattern("victim", 64 * PAGE)})
@@ -249,5 +313,7 @@ SCENARIOS = (
     Scenario("again", _again_before, _again_after),
     Scenario("noexec", _noexec_before, _noexec_after),
     Scenario("read-only", _read_only_before, _read_only_after),
+    Scenario("kept", _kept_before, _kept_after),
+    Scenario("release", _release_before, _release_after),
     Scenario("closed", _closed_before, _closed_after),
 )
