@@ -22,6 +22,9 @@ DEFAULT_PATH: Final = Path("/etc/khod/khod.yaml")
 _SOCKET: Final = Path("/run/khod/khod.sock")
 _STATE: Final = Path("/var/lib/khod")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+RIGHTS: Final = ("observe", "instances", "opaque", "operate", "administer")
+"""What a rule can grant; `khod.core.callers.Right` says what each is."""
+WHO: Final = ("user", "group", "unit", "any")
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"([0-9]{1,15})([KMGT]?)")
 
@@ -90,13 +93,64 @@ def size(value: int | str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+def _message(value: int | str) -> int:
+    if not 4 << 10 <= size(value) <= 16 << 20:
+        raise ValueError("too small, or too large, for a message")
+    return size(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule of the policy: who, and what they may."""
+
+    kind: str
+    """One of `WHO`."""
+    name: str
+    """Of the user or the group; a glob over the unit's name; '' for 'any'."""
+    may: tuple[str, ...]
+    """Of `RIGHTS`."""
+
+
+def _rules(value: Any) -> tuple[Rule, ...]:
+    if not isinstance(value, list):
+        raise ValueError("not a list")
+    return tuple(_rule(number, given) for number, given in enumerate(value, 1))
+
+
+def _rule(number: int, given: Any) -> Rule:
+    if not isinstance(given, dict):
+        raise ValueError(f"rule {number} is no mapping")
+    if unknown := [key for key in given if key not in (*WHO, "may")]:
+        raise ValueError(f"rule {number}: there is no {unknown[0]!r} in a rule: {', '.join(WHO)} and may")
+    named = [key for key in WHO if key in given]
+    if len(named) != 1:
+        raise ValueError(f"rule {number} must have exactly one of {', '.join(WHO)}")
+    kind, name, may = named[0], given[named[0]], given.get("may")
+    if kind == "any":
+        if name is not True:
+            raise ValueError(f"rule {number}: any can only be true")
+        name = ""
+    elif not isinstance(name, str) or not name or not name.isprintable() or "/" in name:
+        raise ValueError(f"rule {number}: {name!r} is no name of a {kind}")
+    elif kind == "unit" and not name.endswith((".service", ".scope")):
+        raise ValueError(f"rule {number}: {name!r} can match no unit: it must end in .service or .scope")
+    if not isinstance(may, list) or not may:
+        raise ValueError(f"rule {number}: may must be a list of rights")
+    if wrong := [right for right in may if right not in RIGHTS]:
+        raise ValueError(f"rule {number}: there is no right {wrong[0]!r}: {', '.join(RIGHTS)}")
+    return Rule(kind, name, tuple(right for right in RIGHTS if right in may))
+
+
 PATH = Kind("an absolute path", _checked(lambda: str, _absolute))
 MACHINE = Kind("`kernel`, or `simulated:` and an absolute directory", _checked(lambda: str, _machine))
 SECONDS = Kind("seconds, more than 0, at most 86400", _checked(_within(float, gt=0, le=86400), _finite))
 SIZE = Kind("bytes, as a number or with K, M, G or T", _checked(lambda: int | str, size))
 ORDER = Kind(f"a number from 0 to {MAX_ORDER}", _checked(_within(int, ge=0, le=MAX_ORDER)))
+MESSAGE = Kind("bytes, as a number or with K or M, from 4K to 16M", _checked(lambda: int | str, _message))
+CONNECTIONS = Kind("a number from 1 to 100000", _checked(_within(int, ge=1, le=100_000)))
 COUNT = Kind("a number from 0 to 1000000", _checked(_within(int, ge=0, le=1_000_000)))
 MILLISECONDS = Kind("milliseconds, from 0 to 60000", _checked(_within(int, ge=0, le=60_000)))
+RULES = Kind("a list of rules, see below", _rules)
 FLAG = Kind("`true` or `false`", _checked(lambda: bool))
 LEVEL = Kind("one of " + ", ".join(f"`{level}`" for level in LOG_LEVELS), _checked(lambda: str, _level))
 
@@ -125,6 +179,28 @@ class Verification:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quotas:
+    """What one owner may have registered at a time. Who may administer has no quota."""
+
+    instances: int = _setting(4000, COUNT, "Instances that one owner may have registered; 0 for no limit.")
+    descriptors: int = _setting(65536, COUNT, "Descriptors of all instances of one owner; 0 for no limit.")
+    bytes: int = _setting(0, SIZE, "Memory behind all instances of one owner; 0 for no limit.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a peer on khod's socket may cost. Root and khod's own user are exempt from the counts of connections."""
+
+    message: int = _setting(256 << 10, MESSAGE, "The longest message that is read, its NUL included.")
+    connections: int = _setting(4096, CONNECTIONS, "Connections that may be open at a time.")
+    connections_per_user: int = _setting(1024, CONNECTIONS, "Those of one user.")
+    idle: float = _setting(
+        300.0, SECONDS, "When a connection is closed on which nothing is asked, followed, or kept registered."
+    )
+    slow: float = _setting(30.0, SECONDS, "How long a peer may take to read an answer, or to end a message that it began.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that can be configured."""
 
@@ -144,8 +220,11 @@ class Config:
         DEFAULT_MAX_ORDER, ORDER, "The largest order of a folio that is tracked, and believed when a map is read."
     )
     log_level: str = _setting("info", LEVEL, "The least severe messages that are logged.")
+    policy: tuple[Rule, ...] = _setting((), RULES, "Who may do what, beside root and khod's own user, who may everything.")
     deadlines: Deadlines = field(default_factory=Deadlines)
     verification: Verification = field(default_factory=Verification)
+    quotas: Quotas = field(default_factory=Quotas)
+    limits: Limits = field(default_factory=Limits)
 
 
 class Setting(NamedTuple):
@@ -264,11 +343,23 @@ def reference() -> str:
         "| --- | --- | --- | --- |",
     ]
     lines += [f"| `{row.key}` | {row.kind.expects} | `{_shown(row)}` | {row.help} |" for row in settings()]
-    lines += ["", "An example:", "", "```yaml", *_example(), "```", ""]
+    lines += ["", *_POLICY, "", "An example:", "", "```yaml", *_example(), "```", ""]
     return "\n".join(lines)
 
 
+_POLICY = (
+    "A rule of `policy` has exactly one of `user`, `group` (names), `unit` (a glob over the name of a systemd service or",
+    "scope) and `any: true`, and under `may` a list of rights: `observe` (look at everything), `instances` (register, answer",
+    "for and claim instances of one's own), `opaque` (ask for kernel sessions), `operate` (load kernels, run and finish",
+    "updates, register what outlives its process), `administer` (act on everybody's instances, discard). What all rules that",
+    "match grant is added up. [security.md](security.md) says what counts as a unit, and who owns what. Everybody can connect",
+    "to the socket (mode 0666, the policy decides) once there is a rule, and root alone (0600) while there is none.",
+)
+
+
 def _shown(row: Setting) -> str:
+    if row.default == ():
+        return "[]"
     if isinstance(row.default, bool):
         return str(row.default).lower()
     if row.kind is SIZE and isinstance(row.default, int):
@@ -278,4 +369,20 @@ def _shown(row: Setting) -> str:
 
 
 def _example() -> list[str]:
-    return ["reserve: 2G", "log_level: debug", "deadlines:", "  freezing: 10", "verification:", "  full: true"]
+    return [
+        "reserve: 2G",
+        "log_level: debug",
+        "deadlines:",
+        "  freezing: 10",
+        "verification:",
+        "  full: true",
+        "policy:",
+        '  - unit: "vmm@*.service"',
+        "    may: [instances]",
+        "  - group: adm",
+        "    may: [observe]",
+        "  - user: deploy",
+        "    may: [observe, operate]",
+        "quotas:",
+        "  bytes: 512G",
+    ]

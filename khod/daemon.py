@@ -53,7 +53,7 @@ async def serve(configuration: config.Config) -> int:
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
-    listener = listen(configuration.socket)
+    listener = listen(configuration.socket, everybody=bool(configuration.policy))
     machine = open_machine(configuration)
     host = Host(machine, core_settings(configuration), PluginManager())
     notify("STATUS=Looking for what the previous kernel left")
@@ -62,7 +62,9 @@ async def serve(configuration: config.Config) -> int:
 
     from khod.api.server import serve as serve_api  # not on the way to restored
 
-    async with serve_api(host, machine.files, configuration.socket, listener):
+    async with serve_api(
+        host, machine.files, configuration.socket, listener, rules=configuration.policy, limits=configuration.limits
+    ):
         notify(f"READY=1\nSTATUS={state}")
         host.verify()
         await _until_told(told, host)

@@ -1,62 +1,52 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One connection: what a peer may cost us, whom we answer, and what becomes of the descriptors it sent.
+"""One connection: calls one after another, their answers, and what becomes of the descriptors that come and go.
 
-asyncvarlink 0.3.3 leaves to its user, and this module does:
-
-* a bound on the size of a message, of how many wait, and an end for bytes that are no JSON object (it raises out of the
-  event loop's callback for some of them, and keeps the descriptors);
-* descriptors of a message that takes more than one read (it closes them with the first part), and their close-on-exec flag;
-* the descriptors' and the stream's fate when the peer is gone in the middle of an answer.
+asyncvarlink knows the protocol's types: what a call is, whether its parameters are what a method takes. The wire is
+`khod.api.stream`'s, what a user's connections may cost together `khod.api.crowd`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 import logging
-import os
 import socket
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from asyncvarlink import (
     AnnotatedResult,
+    FileDescriptor,
     FileDescriptorArray,
     VarlinkErrorReply,
     VarlinkInterfaceRegistry,
     VarlinkMethodCall,
-    VarlinkMethodReply,
     VarlinkMethodSignature,
-    VarlinkServerProtocol,
 )
 from asyncvarlink.conversion import ConversionError, FileDescriptorVarlinkType
-from asyncvarlink.protocol import varlink_boundaries
 from asyncvarlink.serviceinterface import InvalidParameter
-from asyncvarlink.types import JSONObject
 
+from khod.api.audit import Audit, shortened
+from khod.api.crowd import DESCRIPTORS, Crowd
 from khod.api.faults import fault, internal
-from khod.errors import KhodError, Lost
+from khod.api.peers import Presence, ProcessPresence
+from khod.api.policy import RIGHTS, require
+from khod.api.stream import HangUps, Stream
+from khod.api.wire import INTERFACE
+from khod.config import Limits
+from khod.core.callers import Caller, Right
+from khod.errors import KhodError, Lost, NotPermitted
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGE = 1 << 20
-"""Bytes of one message, its NUL included."""
-MAX_WAITING = 32
-"""Calls that a peer may have sent ahead of their answers."""
 FAREWELL = 0.5
 """Seconds that a peer has to take the last answer when khod ends."""
+MAX_VALUES = 8192
+"""Values in one message: what a call is made of is looked at one by one, in the event loop."""
 
 _ENDED = Lost("khod ended before it had answered", hint="its log says why")
-
-
-def boundaries(peeked: bytes) -> list[int]:
-    """Lengths of the reads to make of what was peeked at: none covers bytes of two messages, or bytes not seen yet.
-
-    Descriptors arrive with the first byte of their message, so a read that stays inside one message says whose they are.
-    """
-    found = varlink_boundaries(peeked)
-    return found or ([len(peeked)] if peeked else [])
 
 
 class Calls:
@@ -81,185 +71,293 @@ class Calls:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-class Connection(VarlinkServerProtocol):
-    """The protocol of one connection. `refusal` is the answer to every call of a peer who may not talk to khod."""
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the connections of one server have in common."""
 
-    def __init__(
-        self,
-        registry: VarlinkInterfaceRegistry,
-        sock: socket.socket,
-        refusal: KhodError | None,
-        calls: Calls,
-    ) -> None:
-        super().__init__()
-        self._registry = registry
+    limits: Limits
+    calls: Calls
+    hang_ups: HangUps
+    audit: Audit
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call that makes sense."""
+
+    name: str
+    """Of the method; with its interface where that is not ours."""
+    method: Callable[..., Any]
+    signature: VarlinkMethodSignature
+    parameters: dict[str, Any]
+    oneway: bool
+
+
+class Connection:
+    """The connection on `sock`, which is owned. It reads nothing until `begin`; `ended` is called once, when it has ended."""
+
+    def __init__(self, sock: socket.socket, shared: Shared, crowd: Crowd, ended: Callable[[Connection], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._shared, self._crowd, self._told = shared, crowd, ended
+        self._stream = Stream(
+            self._loop,
+            sock,
+            longest=shared.limits.message,
+            slow=shared.limits.slow,
+            received=self._received,
+            ended=self._stream_ended,
+        )
         self._sock = sock
-        self._refusal = refusal
-        self._part = bytearray()
-        self._part_fds: FileDescriptorArray | None = None
-        self._waiting = 0
-        self._dropped = False
+        shared.hang_ups.watch(sock, self._hung_up)
+        self.presence = Presence(self._loop)
+        self.process: ProcessPresence | None = None
+        """The peer's, once it is known: whoever has set it lets it go."""
+        self._registry = VarlinkInterfaceRegistry()
+        self._caller: Caller | None = None
+        self._refusal: KhodError | None = None
+        self._call: asyncio.Task[None] | None = None
+        self._following = False
+        self._over = False
         self._said_all = False
-        self._lost = False
-        self._calls = calls
+        self._idle: asyncio.TimerHandle | None = None
 
-    # --- what comes in
+    def begin(self, registry: VarlinkInterfaceRegistry, caller: Caller | None, refusal: KhodError | None = None) -> None:
+        """Take calls: of `caller`, or else to answer each with `refusal`."""
+        self._registry, self._caller, self._refusal = registry, caller, refusal
+        self._next()
 
-    def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
-        """Part of a message, or the whole. `fds` are released by the caller unless referenced here."""
-        for descriptor in fds or ():
-            os.set_inheritable(descriptor.fileno(), False)
-        if self._dropped:
+    @property
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self._over
+
+    # --- its life
+
+    def _next(self) -> None:
+        """Wait for the next call."""
+        if self._over:
             return
-        if fds is not None and self._part_fds is not None:
-            self._drop("descriptors in two parts of one message")
+        self._stream.resume()
+        if self._idle is None:
+            self._idle = self._loop.call_later(self._shared.limits.idle, self._is_idle)
+
+    def _busy(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+
+    def _is_idle(self) -> None:
+        self._idle = None
+        if self.presence.kept:  # to be there is what it is for
+            self._next()
+        else:
+            self.close("nothing was asked for long")
+
+    def _stream_ended(self, why: str) -> None:
+        if why:
+            self.close(why)
             return
-        if fds is not None:
-            fds.reference(self)
-            self._part_fds = fds
-        self._part += data
-        if len(self._part) > MAX_MESSAGE:
-            self._drop(f"a message of more than {MAX_MESSAGE} bytes")
-        elif data.endswith(b"\0"):
-            self._message_complete()
-
-    def _message_complete(self) -> None:
-        message, fds = bytes(self._part), self._part_fds
-        self._part.clear()
-        self._part_fds = None
-        try:
-            if not _is_object(message):
-                self._drop("a message that is no JSON object")
-            elif self._waiting == MAX_WAITING:
-                self._drop(f"more than {MAX_WAITING} calls ahead of their answers")
-            else:
-                self._waiting += 1
-                super().message_received(message, fds)
-        finally:
-            if fds is not None:
-                fds.release(self)
-
-    def request_received(self, obj: JSONObject, fds: FileDescriptorArray | None) -> asyncio.Future[None] | None:
-        """The next call's turn. Those of a peer that is gone are not begun: a claim would be handed out to nobody."""
-        self._waiting -= 1
-        if self._lost:
-            return None
-        pending: asyncio.Future[None] | None = super().request_received(obj, fds)
-        self._end_when_idle()
-        return pending
-
-    def _drop(self, why: str) -> None:
-        """End the connection and read no more of it."""
-        logger.warning("connection dropped: %s", why)
-        self._dropped = True
-        self._forget_part()
-        try:
-            # The transport reads until nothing is left before it looks up: let nothing be left soon.
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            logger.debug("the peer was gone already")
-        if self._transport is not None:
-            self._transport.abort()
-
-    def _forget_part(self) -> None:
-        self._part.clear()
-        if self._part_fds is not None:
-            self._part_fds.release(self)
-            self._part_fds = None
-
-    def eof_received(self) -> None:
-        """The peer has said all; what it asked for is still answered."""
-        self._forget_part()
         self._said_all = True
-        self._end_when_idle()
+        if self._call is None:
+            self.close()
 
-    def _end_when_idle(self) -> None:
-        # The base class looks at the calls that were begun alone, and would hang up on those that wait.
-        if self._said_all and not self._waiting:
-            super().eof_received()
+    def _hung_up(self) -> None:
+        """The peer is gone: a stream ends with it, another call under way goes on, for what it does is not the connection's."""
+        if self._following and self._call is not None:
+            self._call.cancel()
+        elif self._call is None and not self._said_all:
+            return  # it may have said something first: reading finds out
+        self.close()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Calls under way go on: what they do is not the connection's."""
-        self._lost = True
-        self._forget_part()
-        super().connection_lost(exc)
+    def close(self, why: str = "") -> None:
+        """End it, for a reason of khod's if there is one. What hangs on its presence is told."""
+        if self._over:
+            return
+        if why:
+            who = self._caller.owner if self._caller else "a peer"
+            logger.warning("the connection of %s was ended: %s", who, why)
+        self.abandon()
+        self.presence.end()
 
-    # --- what goes out
+    def abandon(self) -> None:
+        """End it and tell nobody: khod ends, not the peer."""
+        if self._over:
+            return
+        self._over = True
+        self._busy()
+        if not self._stream.closed:
+            self._shared.hang_ups.forget(self._sock)
+        self._stream.close()
+        self._told(self)
 
-    def call_received(self, call: VarlinkMethodCall, fds: FileDescriptorArray | None) -> asyncio.Future[None]:
-        """Start answering a call. `fds` stay open until that is done, except those that the call has taken."""
+    # --- calls
+
+    def _received(self, message: bytes, fds: list[int]) -> None:
+        self._busy()
+        array = FileDescriptorArray(self, fds)
+        if self._shared.calls.ended:
+            array.release(self)
+            return
+        if self._crowd.descriptors + len(fds) > DESCRIPTORS:
+            array.release(self)
+            self.close(f"more than {DESCRIPTORS} descriptors in calls that are not answered yet")
+            return
+        self._crowd.descriptors += len(fds)
+        self._call = self._shared.calls.start(self._take(message, array, len(fds)))
+
+    async def _take(self, message: bytes, fds: FileDescriptorArray, count: int) -> None:
+        try:
+            await self._answer(message, fds)
+        finally:
+            fds.release(self)
+            self._crowd.descriptors -= count
+            self._call = None
+            if self._said_all:
+                self.close()
+            else:
+                self._next()
+
+    async def _answer(self, message: bytes, fds: FileDescriptorArray) -> None:
+        asked: dict[str, Any] | None = None
+        call: _Call | None = None
+        oneway = False
+        try:
+            async with self._crowd.turn():
+                asked = _object(message)
+                if asked is None:
+                    self.close("a message that is no JSON object of a call's size")
+                    return
+                oneway = asked.get("oneway") is True
+                if not oneway and self._stream.hung_up():
+                    self.close()  # nobody is there to take the answer: a claim would be handed out to nobody
+                    return
+                call = self._understand(asked, fds)
+            await self._perform(call)
+            self._audit(call.name, call.parameters, "")
+        except VarlinkErrorReply as error:
+            await self._send_fault(error, oneway)
+        except KhodError as error:
+            await self._refuse(error, call, asked or {})
+            await self._send_fault(fault(error), oneway)
+        except asyncio.CancelledError:
+            if not self._over and not self._stream.torn:  # khod ends, and says so while somebody listens
+                await asyncio.wait([asyncio.ensure_future(self._send_fault(fault(_ENDED), oneway))], timeout=FAREWELL)
+        except Exception as error:
+            name = call.name if call else "a call"
+            logger.exception("%s failed", name)
+            self._audit(name, call.parameters if call else {}, f"failed inside: {type(error).__name__}")
+            await self._send_fault(internal(error), oneway)
+
+    def _understand(self, asked: dict[str, Any], fds: FileDescriptorArray) -> _Call:
+        """Raises VarlinkErrorReply for what is no call, and NotPermitted."""
+        try:
+            call = VarlinkMethodCall.fromjson(asked)
+        except (TypeError, ValueError):
+            raise InvalidParameter(parameter="method")
+        if call.upgrade:
+            raise InvalidParameter(parameter="upgrade")
         if self._refusal is not None:
-            raise fault(self._refusal)
-        if self._calls.ended:
-            raise fault(_ENDED)
+            raise self._refusal
+        assert self._caller is not None
+        name = call.method_name if call.method_interface == INTERFACE else call.method
+        if name in RIGHTS:  # before anything of the call is looked at
+            require(self._caller.owner, self._caller.rights, name)
         method, signature = self._registry.lookup_method(call)
+        if name == call.method_name:
+            require(self._caller.owner, self._caller.rights, name)
         try:
             parameters = signature.parameter_type.fromjson(call.parameters, {FileDescriptorVarlinkType: fds})
         except ConversionError as error:
             raise InvalidParameter(parameter=str(error.location[0]) if error.location else error.message)
-        task = self._calls.start(self._answer(call, method, signature, parameters))
-        # Not the task itself: asking a cancelled one for its exception raises, inside the base class.
-        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        task.add_done_callback(lambda _: answered.set_result(None))
-        if fds is not None:
-            fds.reference_until_done(answered)
-        return answered
+        return _Call(name, method, signature, parameters, call.oneway)
 
-    async def _answer(
-        self, call: VarlinkMethodCall, method: Callable[..., Any], signature: VarlinkMethodSignature, parameters: dict[str, Any]
-    ) -> None:
-        try:
-            result = method(**parameters)
-            if signature.more:
-                await self._stream(signature, result)
-                return
-            if inspect.isawaitable(result):
-                result = await result
-            await self._send(signature, result, discard=call.oneway)
-        except VarlinkErrorReply as error:
-            self._send_fault(call, error)
-        except KhodError as error:
-            self._send_fault(call, fault(error))
-        except asyncio.CancelledError:
-            # khod ends, and says so while somebody listens.
-            if (sent := self._send_fault(call, fault(_ENDED))) is not None:
-                await asyncio.wait([sent], timeout=FAREWELL)
-        except Exception as error:
-            logger.exception("%s failed", call.method)
-            self._send_fault(call, internal(error))
+    async def _perform(self, call: _Call) -> None:
+        if RIGHTS.get(call.name) is Right.OBSERVE:
+            async with self._crowd.answer():
+                async with self._crowd.looking():
+                    result = await call.method(**call.parameters)
+                await self._send(result, call.oneway)
+            return
+        result = call.method(**call.parameters)
+        if call.signature.more:
+            await self._follow(result)
+            return
+        if inspect.isawaitable(result):
+            result = await result
+        self._learn(result.parameters)
+        await self._send(result, call.oneway)
 
-    async def _stream(self, signature: VarlinkMethodSignature, results: AsyncGenerator[AnnotatedResult, None]) -> None:
+    async def _follow(self, results: AsyncGenerator[AnnotatedResult, None]) -> None:
         try:
             async for result in results:
-                if not await self._send(signature, result):
+                # Begun: from here on a peer that is gone ends it.
+                self._following = True
+                if self._over or not await self._send(result):
                     return
         finally:
+            self._following = False
             await results.aclose()
 
-    async def _send(self, signature: VarlinkMethodSignature, result: AnnotatedResult, discard: bool = False) -> bool:
+    async def _send(self, result: AnnotatedResult, oneway: bool = False) -> bool:
         """Whether the answer went out; its descriptors are closed in any case."""
         with FileDescriptorArray.new_managed() as fds:
-            values = signature.return_type.tojson(result.parameters, {FileDescriptorVarlinkType: fds})
-            if discard:
-                return False
-            reply = VarlinkMethodReply(values, continues=result.continues)
-            sent = self.send_reply(reply, [descriptor.fileno() for descriptor in fds], autoclose=False)
-            fds.reference_until_done(sent)
+            reply: dict[str, Any] = {"continues": True} if result.continues else {}
+            if result.parameters:
+                reply["parameters"] = result.parameters
+            data = msgspec.json.encode(reply, enc_hook=lambda value: _index(fds, value))
+            return not oneway and await self._put(data, [descriptor.fileno() for descriptor in fds])
+
+    async def _send_fault(self, error: VarlinkErrorReply, oneway: bool) -> None:
+        if not oneway:
+            await self._put(msgspec.json.encode(error.tojson()), [])
+
+    async def _put(self, data: bytes, fds: list[int]) -> bool:
         try:
-            await asyncio.shield(sent)  # the transport owns the future, and breaks when somebody else cancels it
+            await self._stream.send(data + b"\0", fds)
+        except TimeoutError:
+            self.close("an answer was not read")
         except OSError:
-            logger.debug("the peer did not wait for its answer")
-            self._lost = True
-            return False
-        return True
+            self.close()
+        return not self._over
 
-    def _send_fault(self, call: VarlinkMethodCall, error: VarlinkErrorReply) -> asyncio.Future[None] | None:
-        return None if call.oneway else self.send_error(error)
+    # --- the log
+
+    async def _refuse(self, error: KhodError, call: _Call | None, asked: dict[str, Any]) -> None:
+        name = call.name if call else str(asked.get("method")).removeprefix(f"{INTERFACE}.")
+        parameters = call.parameters if call else asked.get("parameters") or {}
+        self._audit(shortened(name), parameters, f"{type(error).__name__}: {error.message}")
+        if isinstance(error, NotPermitted):
+            await self._crowd.refuse()
+
+    def _audit(self, method: str, parameters: dict[str, Any], problem: str) -> None:
+        if "." in method:  # of the interface that describes the others: nothing is changed by it
+            return
+        owner, pid = (str(self._caller.owner), self._caller.pid) if self._caller else ("nobody", 0)
+        self._shared.audit.note(owner, pid, method, self._shared.audit.instances(parameters), shortened(problem))
+
+    def _learn(self, answer: Any) -> None:
+        for value in (answer, answer.get("claim")):
+            handle, name = _field(value, "handle"), _field(_field(value, "instance"), "name")
+            if handle and name:
+                self._shared.audit.learn(handle, name)
 
 
-def _is_object(message: bytes) -> bool:
-    """Whether a message, its NUL included, is JSON and an object: what the parser below is given must not fail."""
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+
+
+def _index(fds: FileDescriptorArray, value: Any) -> int:
+    """How a descriptor is written: as its place beside the message."""
+    if not isinstance(value, FileDescriptor):
+        raise NotImplementedError(type(value).__name__)
+    return fds.add(value)
+
+
+def _object(message: bytes) -> dict[str, Any] | None:
+    """The object that a message is; None when it is none, or of too many values to be a call of ours."""
+    if message.count(b",") > MAX_VALUES:
+        return None
     try:
-        return isinstance(json.loads(message[:-1]), dict)
+        return msgspec.json.decode(message, type=dict[str, Any])
     except (ValueError, RecursionError):
-        return False
+        return None

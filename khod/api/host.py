@@ -11,7 +11,8 @@ from asyncvarlink import AnnotatedResult, FileDescriptor, VarlinkInterface, varl
 from khod.api import descriptors
 from khod.api.descriptors import Bridge
 from khod.api.faults import FAULTS
-from khod.api.wire import INTERFACE, list_of, optional, to_wire, wire_type
+from khod.api.wire import INTERFACE, list_of, optional, wire_type
+from khod.core.callers import Caller
 from khod.core.service import Service
 from khod.core.state import State
 from khod.core.views import EventView, ImageView, InspectionView, InstanceView, PlanView, StatusView, UpdateView
@@ -51,16 +52,16 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
 
     errors = tuple(FAULTS.values())
 
-    def __init__(self, service: Service, files: Bridge, owner: str) -> None:
-        """The interface as one peer sees it: `owner` is who that is."""
+    def __init__(self, service: Service, files: Bridge, caller: Caller) -> None:
+        """The interface as one peer sees it: `caller` is who that is."""
         self._service = service
         self._files = files
-        self._owner = owner
+        self._owner = str(caller.owner)
 
     @varlinkmethod(return_parameter="status", return_type=wire_type(StatusView))
     async def GetStatus(self) -> object:
         """khod in one look."""
-        return to_wire(await self._service.status())
+        return await self._service.status()
 
     @varlinkmethod(return_parameter="instance", return_type=wire_type(InstanceView))
     async def Register(
@@ -77,10 +78,9 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
         An update fails when an instance that is required cannot come along, and leaves one behind that is not.
         """
         adopted = await descriptors.adopt(self._files, [(entry.name, entry.fd) for entry in fds])
-        made = await self._service.register(
+        return await self._service.register(
             name, driver, adopted, owner=self._owner, required=required, requires=requires or (), options=options
         )
-        return to_wire(made)
 
     @varlinkmethod(return_parameter="instance", return_type=wire_type(InstanceView))
     async def Adopt(
@@ -95,10 +95,9 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
     ) -> object:
         """Register an instance, whose descriptors are taken out of a running process."""
         numbers = [(entry.name, entry.number) for entry in fds]
-        made = await self._service.adopt(
+        return await self._service.adopt(
             name, driver, pid, numbers, owner=self._owner, required=required, requires=requires or (), options=options
         )
-        return to_wire(made)
 
     @varlinkmethod
     async def Unregister(self, name: str) -> None:
@@ -108,17 +107,17 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
     @varlinkmethod(return_parameter="instances", return_type=list_of(InstanceView))
     async def ListInstances(self) -> object:
         """All instances, by name."""
-        return to_wire(await self._service.instances())
+        return await self._service.instances()
 
     @varlinkmethod(return_parameter="image", return_type=wire_type(ImageView))
     async def Load(self, kernel: str, initrd: str = "", cmdline: str | None = None) -> object:
         """Check and record the image for the next update. Without a command line: that of the running kernel."""
-        return to_wire(await self._service.load(kernel, initrd, cmdline))
+        return await self._service.load(kernel, initrd, cmdline)
 
     @varlinkmethod(return_parameter="plan", return_type=wire_type(PlanView))
     async def Plan(self) -> object:
         """What an update would do now. Changes nothing."""
-        return to_wire(await self._service.plan())
+        return await self._service.plan()
 
     @varlinkmethod(return_parameter="event", return_type=optional(EventView))
     async def Update(self, hold_at: str | None = None) -> AsyncIterator[AnnotatedResult]:
@@ -129,7 +128,7 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
         """
         events = await self._service.update(_holdable(hold_at))
         async for event in events:
-            yield AnnotatedResult({"event": to_wire(event)}, continues=True)
+            yield AnnotatedResult({"event": event}, continues=True)
         yield AnnotatedResult({"event": None})
 
     @varlinkmethod
@@ -158,12 +157,12 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
     @varlinkmethod(return_parameter="updates", return_type=list_of(UpdateView))
     async def GetHistory(self, limit: int = 20) -> object:
         """Updates, newest first."""
-        return to_wire(await self._service.history(limit))
+        return await self._service.history(limit)
 
     @varlinkmethod(return_parameter="inspection", return_type=wire_type(InspectionView))
     async def Inspect(self) -> object:
         """The handover tree and the folio map in force."""
-        return to_wire(await self._service.inspect())
+        return await self._service.inspect()
 
 
 def _holdable(name: str | None) -> State | None:

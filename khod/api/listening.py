@@ -14,11 +14,12 @@ from pathlib import Path
 
 from khod.errors import InvalidRequest, MachineError, Refused
 
-BACKLOG = 64
+BACKLOG = 1024
 
 
-def listen(path: Path) -> socket.socket:
-    """A socket that listens at `path`, for its owner alone (0600) from the first moment that it can be connected to.
+def listen(path: Path, *, everybody: bool = False) -> socket.socket:
+    """A socket that listens at `path`, for its owner alone (0600) from the first moment that it can be connected to; with
+    `everybody` (0666) whoever connects is told apart by the policy.
 
     A socket that nobody answers on is replaced; the directory is made if it is missing.
     """
@@ -32,7 +33,7 @@ def listen(path: Path) -> socket.socket:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         making.unlink(missing_ok=True)
         sock.bind(str(making))
-        making.chmod(0o600)
+        making.chmod(0o666 if everybody else 0o600)
         sock.listen(BACKLOG)
         making.rename(path)
     except OSError as error:

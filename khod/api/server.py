@@ -9,40 +9,55 @@ import errno
 import logging
 import os
 import socket
-import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from asyncvarlink import VarlinkInterfaceRegistry, VarlinkTransport
+from asyncvarlink import VarlinkInterfaceRegistry
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
 import khod
-from khod.api.connection import Calls, Connection, boundaries
+from khod.api import peers, policy
+from khod.api.audit import Audit
+from khod.api.connection import Calls, Connection, Shared
+from khod.api.crowd import Crowd
 from khod.api.descriptors import Bridge
 from khod.api.host import HostInterface
 from khod.api.listening import listen
+from khod.api.peers import Peer, Processes
+from khod.api.stream import HangUps
+from khod.config import Limits, Rule
+from khod.core.callers import Caller, Kind, Owner, Right
 from khod.core.service import Service
 from khod.errors import NotPermitted
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 64
 ACCEPT_PAUSE = 0.25
 """Seconds until the next try when the system had no descriptor or memory for a connection; it waits in the backlog."""
 
+_NOBODY = Owner(Kind.USER, "nobody")
 _SHORT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-_ucred = struct.Struct("3i")  # struct ucred, linux/socket.h: pid, uid, gid
 
 
 @contextlib.asynccontextmanager
-async def serve(service: Service, files: Bridge, path: Path, listener: socket.socket | None = None) -> AsyncIterator[Server]:
+async def serve(
+    service: Service,
+    files: Bridge,
+    path: Path,
+    listener: socket.socket | None = None,
+    *,
+    rules: Sequence[Rule] = (),
+    limits: Limits | None = None,
+) -> AsyncIterator[Server]:
     """Serve `service` on the unix socket `path` for the length of the context; `listener` is what `listen` made there before,
-    and is owned from here on.
+    and is owned from here on. `rules` are the policy's.
 
     On the way out calls that are under way are cancelled, connections closed, and the socket removed.
     Raises Refused when somebody else answers there, InvalidRequest and MachineError when it cannot be made.
     """
-    server = Server(service, files, listener or listen(path))
+    server = Server(service, files, listener or listen(path, everybody=bool(rules)), rules, limits or Limits())
     try:
         yield server
     finally:
@@ -53,13 +68,16 @@ async def serve(service: Service, files: Bridge, path: Path, listener: socket.so
 class Server:
     """Accepts connections on `sock`, which it owns, until `aclose`. Make it inside a running loop."""
 
-    def __init__(self, service: Service, files: Bridge, sock: socket.socket) -> None:
-        self._service = service
-        self._files = files
-        self._sock = sock
+    def __init__(self, service: Service, files: Bridge, sock: socket.socket, rules: Sequence[Rule], limits: Limits) -> None:
+        self._service, self._files, self._sock, self._rules = service, files, sock, rules
         self._loop = asyncio.get_running_loop()
-        self._connections: set[VarlinkTransport] = set()
-        self._calls = Calls()
+        self._shared = Shared(limits, Calls(), HangUps(self._loop), Audit())
+        self._connections: set[Connection] = set()
+        self._crowds: dict[int, Crowd] = {}
+        self._processes = Processes(self._loop)
+        # Of its own: a database of users that does not answer must hold up nobody but those who connect.
+        self._databases = ThreadPoolExecutor(max_workers=1, thread_name_prefix="khod-peers")
+        self._meeting: set[asyncio.Task[None]] = set()
         self._pause: asyncio.TimerHandle | None = None
         self._resume()
 
@@ -69,16 +87,23 @@ class Server:
         return len(self._connections)
 
     async def aclose(self) -> None:
-        """Accept no more, cancel the calls under way and wait for their end, close every connection. Again: no effect."""
+        """Accept no more, cancel the calls under way and wait for their end, close every connection. Again: no effect.
+
+        What hangs on connections and processes is not told: they have not ended.
+        """
         if self._sock.fileno() < 0:
             return
         self._suspend()
         self._sock.close()
-        await self._calls.aclose()
-        transports = list(self._connections)
-        for transport in transports:
-            transport.abort()
-        await asyncio.gather(*(transport.closed_future for transport in transports))
+        for meeting in self._meeting:
+            meeting.cancel()
+        await asyncio.gather(*self._meeting, return_exceptions=True)
+        await self._shared.calls.aclose()
+        for connection in list(self._connections):
+            connection.abandon()
+        self._processes.close()
+        self._shared.hang_ups.close()
+        self._databases.shutdown(wait=False, cancel_futures=True)
 
     def _resume(self) -> None:
         self._pause = None
@@ -93,7 +118,7 @@ class Server:
 
     def _accept(self) -> None:
         try:
-            peer, _ = self._sock.accept()
+            sock, _ = self._sock.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError as error:
@@ -105,25 +130,88 @@ class Server:
             self._suspend()
             self._pause = self._loop.call_later(ACCEPT_PAUSE, self._resume)
             return
-        if len(self._connections) >= MAX_CONNECTIONS:
-            logger.warning("connection refused: %d are open", len(self._connections))
-            peer.close()
+        uid = peers.credentials(sock).uid
+        crowd = self._crowds.get(uid) or Crowd()
+        limits = self._shared.limits
+        full = len(self._connections) >= limits.connections or crowd.connections >= limits.connections_per_user
+        if full and uid not in (0, os.geteuid()):
+            logger.warning("a connection of user %d was refused: %d of its are open, %d in all", uid, crowd.connections,
+                           len(self._connections))  # fmt: skip
+            sock.close()
             return
-        self._connect(peer)
+        self._crowds[uid] = crowd
+        crowd.connections += 1
+        connection = Connection(sock, self._shared, crowd, lambda ended: self._ended(ended, uid, crowd))
+        self._connections.add(connection)
+        meeting = self._loop.create_task(self._meet(connection, sock))
+        self._meeting.add(meeting)
+        meeting.add_done_callback(self._meeting.discard)
 
-    def _connect(self, peer: socket.socket) -> None:
-        pid, uid, _ = _ucred.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _ucred.size))
-        refusal = None
-        if uid not in (0, os.geteuid()):
-            logger.warning("process %d of user %d may not talk to khod", pid, uid)
-            refusal = NotPermitted(f"khod does not talk to user {uid}", hint="only root may: try again with sudo")
+    def _ended(self, connection: Connection, uid: int, crowd: Crowd) -> None:
+        self._connections.discard(connection)
+        crowd.connections -= 1
+        if not crowd.connections and self._crowds.get(uid) is crowd:
+            del self._crowds[uid]
+        if connection.process is not None:
+            self._processes.leave(connection.process)
+
+    async def _meet(self, connection: Connection, sock: socket.socket) -> None:
+        """Find out who it is, and take its calls."""
+        # A descriptor of its own: the connection may end meanwhile.
+        finding = self._loop.run_in_executor(self._databases, _find, sock.dup(), self._rules)
+        try:
+            found = await asyncio.shield(finding)
+        except asyncio.CancelledError:
+            finding.add_done_callback(_close_found)
+            raise
+        except Exception as error:
+            if not isinstance(error, OSError):
+                logger.exception("a peer cannot be identified")
+            connection.close(f"its peer cannot be identified: {error}")
+            return
+        peer = found.peer
+        process = self._processes.enter(peer)
+        if connection.over:
+            self._processes.leave(process)
+            return
+        connection.process = process
+        if found.refusal is not None:
+            logger.warning("process %d: %s", peer.pid, found.refusal.message)
+            connection.begin(VarlinkInterfaceRegistry(), None, found.refusal)
+            return
+        caller = Caller(owner=found.owner, rights=found.granted, pid=peer.pid, connection=connection.presence, process=process)
         registry = VarlinkInterfaceRegistry()
-        registry.register_interface(HostInterface(self._service, self._files, f"uid:{uid}"))
+        registry.register_interface(HostInterface(self._service, self._files, caller))
         registry.register_interface(service_interface(registry))
-        connection = Connection(registry, peer, refusal, self._calls)
-        transport = VarlinkTransport(self._loop, peer, peer, connection, boundary_predictor=boundaries)
-        self._connections.add(transport)
-        transport.closed_future.add_done_callback(lambda _: self._connections.discard(transport))
+        connection.begin(registry, caller)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Who somebody is, and what he may do, or why he may nothing."""
+
+    peer: Peer
+    owner: Owner = _NOBODY
+    granted: frozenset[Right] = frozenset()
+    refusal: NotPermitted | None = None
+
+
+def _find(sock: socket.socket, rules: Sequence[Rule]) -> _Found:
+    with sock:
+        peer = peers.identify(sock)
+    try:
+        return _Found(peer, *policy.rights(rules, peer))
+    except NotPermitted as refusal:
+        return _Found(peer, refusal=refusal)
+    except BaseException:
+        if peer.pidfd >= 0:
+            os.close(peer.pidfd)
+        raise
+
+
+def _close_found(finding: asyncio.Future[_Found]) -> None:
+    if not finding.cancelled() and finding.exception() is None and finding.result().peer.pidfd >= 0:
+        os.close(finding.result().peer.pidfd)
 
 
 def service_interface(registry: VarlinkInterfaceRegistry) -> VarlinkServiceInterface:

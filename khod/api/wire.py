@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The views of `khod.core.views` as types of a varlink interface, and values of them on their way out.
+"""The views of `khod.core.views` as types of a varlink interface.
 
 A view may hold any sequence and spells its types as strings; an interface description is made of lists and of types that
-are there. So each view gets a twin, made once, of the same name and fields.
+are there. So each view gets a twin, made once, of the same name and fields. Values go out as they are: msgspec writes them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 INTERFACE = "org.khod.Host"
@@ -43,15 +43,3 @@ def _twin(hint: Any) -> Any:
     if origin is Union or origin is types.UnionType:
         return functools.reduce(lambda one, other: one | other, (_twin(argument) for argument in arguments))
     return hint
-
-
-def to_wire(value: object) -> Any:
-    """A view, or a sequence of views, as values of its twin."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {row.name: to_wire(getattr(value, row.name)) for row in dataclasses.fields(value)}
-        return wire_type(type(value))(**fields)
-    if isinstance(value, Mapping):
-        return {key: to_wire(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [to_wire(item) for item in value]
-    return value

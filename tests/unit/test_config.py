@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from khod import config
+from khod.core.callers import Right
 from khod.errors import InvalidRequest
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -40,7 +41,8 @@ def test_the_example_in_the_documentation_is_valid() -> None:
 
 def test_every_default_is_accepted_from_a_file() -> None:
     for row in config.settings():
-        value = row.default if isinstance(row.default, bool | int | float) else str(row.default)
+        value = list(row.default) if row.default == () else row.default
+        value = value if isinstance(value, bool | int | float | list) else str(value)
         assert row.kind.parse(value) == row.default, row.key
 
 
@@ -99,12 +101,54 @@ def test_a_key_near_nothing_lists_what_there_is() -> None:
         ("deadlines: {sync: null}", "deadlines.sync"),
         ("deadlines: 5", "deadlines"),
         ("verification: {full: 1}", "verification.full"),
+        ("limits: {message: 1K}", "limits.message"),
+        ("limits: {connections: 0}", "limits.connections"),
+        ("quotas: {instances: -1}", "quotas.instances"),
     ],
 )
 def test_a_value_that_will_not_do_names_file_and_key(text: str, key: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(text)
     assert caught.value.message.startswith(f"khod.yaml: {key}")
+
+
+def test_a_policy() -> None:
+    read = parse('policy:\n- {unit: "vmm@*.service", may: [instances]}\n- {any: true, may: [operate, observe]}\n')
+    assert read.policy == (
+        config.Rule("unit", "vmm@*.service", ("instances",)),
+        config.Rule("any", "", ("observe", "operate")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "complaint"),
+    [
+        ("7", "rule 2 is no mapping"),
+        ("{user: a}", "rule 2: may must be a list"),
+        ("{user: a, may: []}", "rule 2: may must be a list"),
+        ("{user: a, may: observe}", "rule 2: may must be a list"),
+        ("{user: a, may: [fly]}", "there is no right 'fly': observe, instances"),
+        ("{user: a, may: [[observe]]}", "there is no right"),
+        ("{may: [observe]}", "exactly one of user, group, unit, any"),
+        ("{user: a, group: b, may: [observe]}", "exactly one of user, group, unit, any"),
+        ("{usr: a, may: [observe]}", "rule 2: there is no 'usr' in a rule"),
+        ("{any: false, may: [observe]}", "any can only be true"),
+        ("{user: 1000, may: [observe]}", "rule 2: 1000 is no name of a user"),
+        ("{unit: vmm, may: [observe]}", "can match no unit"),
+        ("{unit: a/b.service, may: [observe]}", "no name of a unit"),
+    ],
+)
+def test_a_rule_that_will_not_do_is_named(rule: str, complaint: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(f"policy:\n- {{any: true, may: [observe]}}\n- {rule}\n")
+    assert caught.value.message.startswith("khod.yaml: policy: ")
+    assert complaint in caught.value.message
+    with pytest.raises(InvalidRequest, match="policy: 5 will not do"):
+        parse("policy: 5")
+
+
+def test_the_rights_are_those_of_the_core() -> None:
+    assert [*config.RIGHTS] == [*Right]
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "!!python/object:os.system {}", "max_order: 1\nmax_order: 2", "\0"])

@@ -76,6 +76,17 @@ class FakeService:
         self._aborting = False
         self._running: asyncio.Task[None] | None = None
         self.cancelled = False
+        self.shown: list[InstanceView] = []
+        """What is shown instead of what is held."""
+        self.listed = 0
+        """How often."""
+
+    def forget(self) -> None:
+        """Everything that is registered."""
+        for held in self.held.values():
+            for fd in held.fds:
+                self.files.close(fd)
+        self.held.clear()
 
     async def status(self) -> StatusView:
         return StatusView(
@@ -126,6 +137,9 @@ class FakeService:
         del self.held[name]
 
     async def instances(self) -> Sequence[InstanceView]:
+        self.listed += 1
+        if self.shown:
+            return self.shown
         return tuple(self.held[name].view for name in sorted(self.held))
 
     async def load(self, kernel: str, initrd: str = "", cmdline: str | None = None) -> ImageView:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from khod.api.server import Server, serve
+from khod.config import Limits, Rule
 from tests.integration.api.fake_service import FakeFiles, FakeService
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class Served:
 
 
 @contextmanager
-def served(path: Path) -> Iterator[Served]:
+def served(path: Path, rules: Sequence[Rule] = (), limits: Limits | None = None) -> Iterator[Served]:
     """A fake khod at `path` for the length of the context; nothing it held may be left open."""
     here = Served(path)
     ready = threading.Event()
@@ -63,7 +64,7 @@ def served(path: Path) -> Iterator[Served]:
         stop.append(lambda: _set(here.loop, end))
         here.files = FakeFiles()
         here.service = FakeService(here.files)
-        async with serve(here.service, here.files, path) as here.server:
+        async with serve(here.service, here.files, path, rules=rules, limits=limits) as here.server:
             ready.set()
             await end.wait()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import socket
 import stat
 from collections.abc import Iterator
@@ -67,7 +68,11 @@ def test_views_arrive_as_they_were_made(khod: Served, client: Client) -> None:
 def test_registering_brings_the_file_and_says_who_asked(khod: Served, client: Client) -> None:
     with memfd(b"a" * PAGE) as ram, memfd(b"b" * 2 * PAGE) as rom:
         view = client.register("vm1", "guestmemfd", [("ram", ram), ("rom", rom)])
-        assert (view.owner, view.size, list(view.fds)) == (f"uid:{os.getuid()}", 3 * PAGE, ["ram", "rom"])
+        assert (view.owner, view.size, list(view.fds)) == (
+            f"user:{pwd.getpwuid(os.getuid()).pw_name}",
+            3 * PAGE,
+            ["ram", "rom"],
+        )
         (first, second) = khod.service.held["vm1"].fds
         reals = khod.files.table
         assert os.path.samestat(os.fstat(reals[first]), os.fstat(ram))
@@ -373,7 +378,8 @@ def test_the_interface_is_documented() -> None:
 def page_text() -> str:
     return (
         "# The varlink interface\n\n"
-        "khod serves `org.khod.Host` on `/run/khod/khod.sock`, for root. Descriptors travel beside a message as ancillary\n"
+        "khod serves `org.khod.Host` on `/run/khod/khod.sock`, for root and for whom the\n"
+        "[policy](security.md) lets in. Descriptors travel beside a message as ancillary\n"
         "data (SCM_RIGHTS); a field `fd` is an index among them. `varlinkctl introspect /run/khod/khod.sock org.khod.Host`\n"
         "shows this text. Errors carry `exit_status`, which is khoctl's own.\n\n"
         "```varlink\n" + HostInterface.render_interface_description() + "```\n"
