@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # Every target sets up what it needs and says so. `make help` lists them.
 .DELETE_ON_ERROR:
-.PHONY: help setup lab-kernel lab-shell demo test test-fast test-full check bench bench-vm clean
+.PHONY: help setup install uninstall lab-kernel lab-shell demo test test-fast test-full check bench bench-vm clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -26,6 +26,17 @@ $(VENV)/.stamp: pyproject.toml tools/venv
 	@tools/venv $(VENV) $(PYTHON)
 
 setup: $(VENV)/.stamp ## the virtual environment .venv, with khod and khoctl in it
+
+# khod and khoctl for the host's own Python, with the packages that it has, and the units; pip does the same into an environment.
+PREFIX ?= /usr/local
+INTERPRETER ?= /usr/bin/python3
+INSTALL = $(PYTHON) tools/install --destdir '$(DESTDIR)' --prefix '$(PREFIX)' --interpreter '$(INTERPRETER)'
+
+install: ## khod, khoctl and the units to $(DESTDIR)$(PREFIX), for $(INTERPRETER)
+	@$(INSTALL)
+
+uninstall: ## remove all that `make install` put there
+	@$(INSTALL) --remove
 
 lab-kernel: ## build the lab's kernel unless cached; the last line is the path of its bzImage
 	@$(PYTHON) tests/vm/kernel.py

@@ -104,7 +104,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("wheel")
     source = work / "source"
     source.mkdir()
-    for name in ("khod", "plugins", "pyproject.toml", "README.md", "COPYING"):
+    for name in ("khod", "plugins", "systemd", "pyproject.toml", "README.md", "COPYING"):
         at = ROOT / name
         if at.is_dir():
             shutil.copytree(at, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
@@ -121,6 +121,8 @@ def test_the_wheel_has_everything_and_works_alone(wheel: Path, tmp_path: Path) -
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = {str(p.relative_to(ROOT)) for p in (ROOT / "khod").rglob("*.py")}
     assert shipped | {"khod/py.typed", "khod_guestmemfd/__init__.py"} <= names
+    units = {p.name for p in (ROOT / "systemd").glob("*.*") if p.is_file()}
+    assert units <= {Path(n).name for n in names if ".data/data/lib/" in n}
     assert not [n for n in names if n.startswith(("tests", "bench", "examples"))]
 
     # The dependencies are borrowed from this environment, by path and without the metadata of our own editable install.
