@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 import logging
 import os
 import signal
@@ -16,12 +15,16 @@ import sys
 from pathlib import Path
 
 from khod import __version__, config
-from khod.api.listening import listen
+from khod.api.listening import inherited, listen
 from khod.core.host import Host
 from khod.core.ports import Machine
 from khod.core.settings import Settings
-from khod.errors import InvalidRequest, KhodError
+from khod.core.state import State
+from khod.errors import KhodError
+from khod.kernel.occupation import occupy, trouble
+from khod.kernel.systemd import Systemd
 from khod.plugin.manager import PluginManager
+from khod.supervision import Answerable, Notifier, beside, show, undo_at_shutdown, until_it_may_end
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = config.load(arguments.config)
         set_up_logging(settings.log_level)
-        _check_notification()
-        return asyncio.run(serve(settings))
+        return asyncio.run(serve(settings, Notifier()))
     except KhodError as error:
         print(f"khod: {error.message}", file=sys.stderr)  # noqa: T201
         if error.hint:
@@ -44,45 +46,57 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_status
 
 
-async def serve(configuration: config.Config) -> int:
+async def serve(configuration: config.Config, notifier: Notifier) -> int:
     """Start, serve until told to stop, and stop when that loses nothing.
 
-    What can fail for reasons of its own comes before the first retrieve: from there on the end of this process is the end of
-    everybody's memory.
+    What can fail for reasons of its own comes before the first retrieve: from there on the end of this process may be the end
+    of everybody's memory.
     """
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
-    listener = listen(configuration.socket, everybody=bool(configuration.policy))
+    place = state_of(configuration)
+    occupied = occupy(place)
+    passed = inherited(configuration.socket)
+    listener = passed or listen(configuration.socket, everybody=bool(configuration.policy))
+    if reason := trouble(place):
+        logger.error("%s", reason)
+    answerable = Answerable()
+    answerable.say(State.RESTORING)
     machine = open_machine(configuration)
     host = Host(machine, core_settings(configuration), PluginManager())
-    notify("STATUS=Looking for what the previous kernel left")
+    notifier.status("Looking for what the previous kernel left")
     state = await host.start()
+    if reason:
+        host.problems.append(reason)
     logger.info("started in state %s", state)
 
     from khod.api.server import serve as serve_api  # not on the way to restored
 
     async with serve_api(
-        host, machine.files, configuration.socket, listener, rules=configuration.policy, limits=configuration.limits
+        host,
+        machine.files,
+        configuration.socket,
+        listener,
+        rules=configuration.policy,
+        limits=configuration.limits,
+        stays=passed is not None,
     ):
-        notify(f"READY=1\nSTATUS={state}")
+        answerable.say(state)
+        notifier.tell("READY=1")
         host.verify()
-        await _until_told(told, host)
-    notify("STOPPING=1")
-    await host.close()
+        waiting = until_it_may_end(told, host, Systemd(), notifier.status)
+        await beside(waiting, notifier.keep_alive(), show(host, notifier, answerable, told), undo_at_shutdown(host))
+    notifier.tell("STOPPING=1")
+    await beside(host.close(), notifier.keep_alive())
+    os.close(occupied)
     return 0
 
 
-async def _until_told(told: asyncio.Event, host: Host) -> None:
-    """Wait for SIGTERM or SIGINT, and refuse it while khod alone holds somebody's memory (decision 25)."""
-    while True:
-        await told.wait()
-        told.clear()
-        reason = host.keeps_from_exit()
-        if not reason:
-            return
-        logger.error("not stopping: %s", reason)
-        notify(f"STATUS=Not stopping: {reason}")
+def state_of(configuration: config.Config) -> Path:
+    """The directory that one khod alone may use: where the machine's state lies."""
+    kind, _, directory = configuration.machine.partition(":")
+    return Path(directory) if kind == "simulated" else configuration.state_directory
 
 
 def open_machine(configuration: config.Config) -> Machine:
@@ -124,27 +138,6 @@ def set_up_logging(level: str) -> None:
         else:
             handler = JournalHandler(SYSLOG_IDENTIFIER="khod")
     logging.basicConfig(level=level.upper(), handlers=[handler])
-
-
-def _check_notification() -> None:
-    """Raises InvalidRequest when systemd waits to be told that khod is up and there is nothing to tell it with: it would
-    wait for ever, and so would every guest that is ordered after khod."""
-    if os.environ.get("NOTIFY_SOCKET") and importlib.util.find_spec("systemd.daemon") is None:
-        raise InvalidRequest(
-            "systemd waits for READY=1 and systemd-python is not installed", hint="pip install 'khod[systemd]'"
-        )
-
-
-def notify(text: str) -> None:
-    """Tell systemd, where it listens."""
-    if not os.environ.get("NOTIFY_SOCKET"):
-        return
-    from systemd.daemon import notify as tell
-
-    try:
-        tell(text)
-    except OSError as error:  # systemd being told is no condition of anything that khod does
-        logger.warning("systemd cannot be told %r: %s", text, error)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from pathlib import Path
 from khod.errors import InvalidRequest, MachineError, Refused
 
 BACKLOG = 1024
+FIRST_FD = 3
+"""SD_LISTEN_FDS_START."""
 
 
 def listen(path: Path, *, everybody: bool = False) -> socket.socket:
@@ -44,6 +46,42 @@ def listen(path: Path, *, everybody: bool = False) -> socket.socket:
             raise InvalidRequest(f"cannot listen at {path}: {error}", hint="choose a shorter path for the socket")
         raise MachineError(f"cannot listen at {path}", errno=error.errno)
     return sock
+
+
+def inherited(path: Path) -> socket.socket | None:
+    """The socket that systemd listens with in our stead (sd_listen_fds(3)), owned; None where it does not.
+
+    It stays while khod is started again, so it is never removed. Raises InvalidRequest for one that is not at `path`.
+    """
+    try:
+        count = int(os.environ.pop("LISTEN_FDS", "0")) if os.environ.pop("LISTEN_PID", "") == str(os.getpid()) else 0
+    except ValueError:
+        count = 0
+    os.environ.pop("LISTEN_FDNAMES", None)
+    found = [socket.socket(fileno=FIRST_FD + number) for number in range(count)]
+    for sock in found:
+        sock.set_inheritable(False)
+    match found:
+        case []:
+            return None
+        case [sock] if _listens_at(sock, path):
+            sock.setblocking(False)
+            return sock
+    where = ", ".join(repr(sock.getsockname()) for sock in found)
+    for sock in found:
+        sock.close()
+    raise InvalidRequest(
+        f"systemd passes {count} sockets ({where}) and not the one at {path}",
+        hint="ListenStream= of khod.socket and `socket` of the configuration must be the same path",
+    )
+
+
+def _listens_at(sock: socket.socket, path: Path) -> bool:
+    return (
+        (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_STREAM)
+        and bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        and sock.getsockname() == str(path)
+    )
 
 
 def _answers(path: Path) -> bool:

@@ -50,11 +50,13 @@ async def serve(
     *,
     rules: Sequence[Rule] = (),
     limits: Limits | None = None,
+    stays: bool = False,
 ) -> AsyncIterator[Server]:
     """Serve `service` on the unix socket `path` for the length of the context; `listener` is what `listen` made there before,
     and is owned from here on. `rules` are the policy's.
 
-    On the way out calls that are under way are cancelled, connections closed, and the socket removed.
+    On the way out calls that are under way are cancelled, connections closed, and the socket removed unless it `stays`,
+    since somebody else listens with it as well.
     Raises Refused when somebody else answers there, InvalidRequest and MachineError when it cannot be made.
     """
     server = Server(service, files, listener or listen(path, everybody=bool(rules)), rules, limits or Limits())
@@ -62,7 +64,8 @@ async def serve(
         yield server
     finally:
         await server.aclose()
-        path.unlink(missing_ok=True)  # noqa: ASYNC240 - of a file system in memory
+        if not stays:
+            path.unlink(missing_ok=True)  # noqa: ASYNC240 - of a file system in memory
 
 
 class Server:

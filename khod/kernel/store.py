@@ -7,6 +7,7 @@ bytes, the size and the directory entry.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from khod.errors import MachineError
+
+_HINTS = {
+    errno.ENOSPC: "free space on that disk: without its journal khod starts no update",
+    errno.EDQUOT: "raise the quota: without its journal khod starts no update",
+    errno.EROFS: "remount it read-write: without its journal khod starts no update",
+}
 
 
 class FileStore:
@@ -62,7 +69,7 @@ class FileStore:
                 if new:
                     _sync_directory(directory)
             except OSError as e:
-                raise MachineError(f"{verb} {self._path}", errno=e.errno)
+                raise MachineError(f"{verb} {self._path}", errno=e.errno, hint=_HINTS.get(e.errno or 0))
 
 
 def _make(directory: Path) -> None:

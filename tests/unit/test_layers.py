@@ -19,6 +19,7 @@ LAYERS = [
     {"kernel", "simulated"},
     {"api"},
     {"client"},
+    {"supervision"},
     {"daemon", "demo"},
     {"cli"},
 ]

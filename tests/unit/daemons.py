@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""khod as a process, started and heard as systemd does it, on the running kernel: where that has no live update, it idles."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CODE = "import khod.daemon; raise SystemExit(khod.daemon.main())"
+
+
+class Daemon:
+    """One khod. `before` is put before its command line."""
+
+    def __init__(self, directory: Path, *, before: Sequence[str] = (), code: str = CODE, **environment: str) -> None:
+        self.directory = directory
+        self.socket = directory / "khod.sock"
+        config = directory / "khod.yaml"
+        if not config.exists():
+            config.write_text(f"socket: {self.socket}\nstate_directory: {directory}/state\n")
+        runtime = directory / "runtime"
+        runtime.mkdir(exist_ok=True)
+        self.restored = runtime / "restored"
+        self._notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        address = directory / f"notify.{time.monotonic_ns()}"
+        self._notified.bind(str(address))
+        self.heard: list[str] = []
+        """Every line of every notification."""
+        self.process = subprocess.Popen(
+            [*before, sys.executable, "-c", f"import sys; sys.argv = ['khod', '--config', {str(config)!r}]; {code}"],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"NOTIFY_SOCKET": str(address), "RUNTIME_DIRECTORY": str(runtime)} | environment,
+        )
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+        self._notified.close()
+
+    def hear(self, what: str, seconds: float = 20.0) -> None:
+        """Wait until a line that begins so is notified."""
+        deadline = time.monotonic() + seconds
+        while not any(line.startswith(what) for line in self.heard):
+            readable, _, _ = select.select([self._notified], [], [], max(0.0, deadline - time.monotonic()))
+            assert readable, f"no {what!r} in {self.heard}; {self.process.poll()}"
+            self.heard += self._notified.recv(4096).decode().splitlines()
+
+    def forget(self) -> None:
+        """What was heard so far is not asked about any more."""
+        self.heard.clear()
+
+    def end(self) -> tuple[int, str]:
+        """SIGTERM; exit status and what it said on standard error."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.ended()
+
+    def ended(self) -> tuple[int, str]:
+        """Wait for its end."""
+        _, said = self.process.communicate(timeout=20)
+        return self.process.returncode, said
