@@ -25,7 +25,9 @@ import khod_guestmemfd
 
 from bench.rows import Result, Row, milliseconds
 from khod import simulated
+from khod.core.callers import Caller, Lifetime
 from khod.core.host import Host
+from khod.core.service import Registration
 from khod.core.settings import Settings
 from khod.core.state import State
 from khod.plugin.manager import PluginManager
@@ -65,7 +67,8 @@ async def _jump(process: simulated.Process, directory: Path) -> None:
     plugins.register(khod_guestmemfd, "guestmemfd")
     host = Host(simulated.machine(process), Settings(reserve=MIB), plugins)
     assert await host.start() is State.IDLE
-    await host.register("guest", "guestmemfd", [("ram", process.memfd(64 * MIB))], owner="uid:0")
+    asked = Registration(name="guest", lifetime=Lifetime.PERSISTENT)
+    await host.register(Caller.itself(), asked, [("ram", process.memfd(64 * MIB))])
     kernel = directory / "disk" / "bzImage"
     kernel.write_bytes(image.build())
     await host.load(str(kernel))

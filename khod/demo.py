@@ -24,7 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from khod import config, simulated
+from khod.core.callers import Caller, Lifetime
 from khod.core.host import Host
+from khod.core.service import Registration
 from khod.core.settings import Settings
 from khod.core.state import State
 from khod.core.views import EventView, SpanView, UpdateView
@@ -170,7 +172,8 @@ async def _register(host: Host, guests: simulated.Process, name: str, fd: int) -
     size = int(guests.call("stat", fd)["size"])
     for offset in (0, size - PAGE_SIZE):
         guests.write(fd, offset, MARK + name.encode())
-    await host.adopt(name, "guestmemfd", guests.pid, [("memory", fd)], owner="uid:0")
+    asked = Registration(name=name, lifetime=Lifetime.PERSISTENT)
+    await host.adopt(Caller.itself(), asked, guests.pid, [("memory", fd)])
 
 
 def _addresses(process: simulated.Process, fd: int, pages: Any) -> list[int]:
@@ -229,7 +232,7 @@ async def _second(directory: Path, host: Host, scale: Scale, console: Console, a
 
 async def _intact(host: Host, name: str) -> bool:
     """Whether a guest's first and last page still say whose they are."""
-    answer = await host.claim(name, owner="uid:0")
+    answer = await host.claim(Caller.itself(), name)
     if answer.answer != "fds":
         return False
     (fd,) = answer.fds

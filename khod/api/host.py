@@ -12,8 +12,8 @@ from khod.api import descriptors
 from khod.api.descriptors import Bridge
 from khod.api.faults import FAULTS
 from khod.api.wire import INTERFACE, list_of, optional, wire_type
-from khod.core.callers import Caller
-from khod.core.service import Service
+from khod.core.callers import Caller, Lifetime
+from khod.core.service import Registration, Service
 from khod.core.state import State
 from khod.core.views import EventView, ImageView, InspectionView, InstanceView, PlanView, StatusView, UpdateView
 from khod.errors import InvalidRequest
@@ -56,7 +56,7 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
         """The interface as one peer sees it: `caller` is who that is."""
         self._service = service
         self._files = files
-        self._owner = str(caller.owner)
+        self._caller = caller
 
     @varlinkmethod(return_parameter="status", return_type=wire_type(StatusView))
     async def GetStatus(self) -> object:
@@ -78,9 +78,8 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
         An update fails when an instance that is required cannot come along, and leaves one behind that is not.
         """
         adopted = await descriptors.adopt(self._files, [(entry.name, entry.fd) for entry in fds])
-        return await self._service.register(
-            name, driver, adopted, owner=self._owner, required=required, requires=requires or (), options=options
-        )
+        asked = _registration(name, driver, required, requires, options)
+        return (await self._service.register(self._caller, asked, adopted)).instance
 
     @varlinkmethod(return_parameter="instance", return_type=wire_type(InstanceView))
     async def Adopt(
@@ -95,14 +94,13 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
     ) -> object:
         """Register an instance, whose descriptors are taken out of a running process."""
         numbers = [(entry.name, entry.number) for entry in fds]
-        return await self._service.adopt(
-            name, driver, pid, numbers, owner=self._owner, required=required, requires=requires or (), options=options
-        )
+        asked = _registration(name, driver, required, requires, options)
+        return (await self._service.adopt(self._caller, asked, pid, numbers)).instance
 
     @varlinkmethod
     async def Unregister(self, name: str) -> None:
         """Forget an instance and let go of its memory; of one that is damaged: discard it for good."""
-        await self._service.unregister(name)
+        await self._service.unregister(self._caller, name)
 
     @varlinkmethod(return_parameter="instances", return_type=list_of(InstanceView))
     async def ListInstances(self) -> object:
@@ -144,7 +142,7 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
     @varlinkmethod(return_parameter="claim")
     async def Claim(self, name: str, unverified: bool = False) -> ClaimAnswer:
         """Hand an instance's descriptors out: they come with the answer."""
-        view = await self._service.claim(name, owner=self._owner, unverified=unverified)
+        view = await self._service.claim(self._caller, name, unverified=unverified)
         sendable = await descriptors.export(self._files, view.fds)
         pairs = zip(view.names, sendable, strict=True)
         return ClaimAnswer(view.answer, view.reason, [Descriptor(fd_name, fd) for fd_name, fd in pairs])
@@ -163,6 +161,19 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
     async def Inspect(self) -> object:
         """The handover tree and the folio map in force."""
         return await self._service.inspect()
+
+
+def _registration(
+    name: str, driver: str, required: bool, requires: list[str] | None, options: dict[str, str] | None
+) -> Registration:
+    return Registration(
+        name=name,
+        driver=driver,
+        required=required,
+        requires=requires or (),
+        options=options or {},
+        lifetime=Lifetime.PERSISTENT,
+    )
 
 
 def _holdable(name: str | None) -> State | None:

@@ -79,6 +79,18 @@ class Presence(Protocol):
         ...
 
 
+class Always:
+    """What has no end."""
+
+    there = True
+
+    def on_end(self, told: Callable[[], None]) -> None:
+        """It never ends."""
+
+
+ALWAYS: Presence = Always()
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Caller:
     """One peer, on one connection."""
@@ -89,6 +101,12 @@ class Caller:
     """0 when it is not known."""
     connection: Presence
     process: Presence
+
+    @classmethod
+    def itself(cls) -> Self:
+        """khod, where it acts by itself, or a program that is all there is on a machine."""
+        root = Owner(Kind.USER, "root")
+        return cls(owner=root, rights=frozenset(Right), pid=0, connection=ALWAYS, process=ALWAYS)
 
     def may(self, right: Right) -> bool:
         """Whether the policy lets it."""

@@ -6,23 +6,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from khod import __version__
 from khod.core import views
 from khod.core.blocking import blocking
+from khod.core.book import Book
+from khod.core.broker import Broker
+from khod.core.callers import Caller, Lifetime
 from khod.core.checks import blockers
-from khod.core.clients import Client
+from khod.core.claims import Claims
 from khod.core.driver import Drivers
 from khod.core.events import Broadcast
+from khod.core.finishing import Finisher
 from khod.core.history import update_view
 from khod.core.incoming import Incoming
 from khod.core.inspection import inspect_incoming, inspect_nothing, inspect_outgoing
-from khod.core.instances import Registration, instance_view, new_entry
+from khod.core.instances import instance_view, new_entry, new_opaque
 from khod.core.journal import Journal
+from khod.core.keepers import Keepers, Watch
 from khod.core.ports import Image, Machine
-from khod.core.registry import Entry, InstanceState, Registry
+from khod.core.registry import Entry, Grade, InstanceState, Registry
+from khod.core.service import Registration
 from khod.core.settings import Settings
 from khod.core.startup import Startup
 from khod.core.state import HOLDABLE, State
@@ -34,18 +41,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Host:
-    """One khod. `start` must have returned before anything else is called."""
+def _nobody(pid: int) -> None:
+    """A host whose processes cannot be watched."""
 
-    def __init__(self, machine: Machine, settings: Settings, drivers: Drivers) -> None:
+
+class Host:
+    """One khod. `start` must have returned before anything else is called.
+
+    `watch` finds a living process, for instances that hang on one.
+    """
+
+    def __init__(self, machine: Machine, settings: Settings, drivers: Drivers, watch: Watch = _nobody) -> None:
         self.machine, self.settings, self.drivers = machine, settings, drivers
         self.boot = machine.boot.boot()
         self.journal = Journal(machine.store, self.boot, lambda: machine.clock.stamp().realtime)
         self.registry = Registry()
-        self.clients: list[Client] = []
+        self.book = Book(machine)
+        self.broker = Broker(self.registry, machine.clock, lambda: (self.state, self._update_id))
+        self.keepers = Keepers(watch, self._keeper_ended)
         self.incoming: Incoming | None = None
         self.problems: list[str] = []
         self.last_update: Update | None = None
+        self._claims = Claims(machine, self.registry, self.journal, self.book)
+        self._finisher = Finisher(machine, self.registry, self.book, self.problems)
         self._state = State.IDLE
         self._ident = ""
         self._image: Image | None = None
@@ -53,11 +71,16 @@ class Host:
         self._lock = asyncio.Lock()
         self._startup: Startup | None = None
         self._verifying: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
 
     @property
     def state(self) -> State:
         """Where khod is."""
         return self.last_update.state if self.last_update else self._state
+
+    @property
+    def _update_id(self) -> str:
+        return self.last_update.id if self.last_update else self._ident
 
     async def start(self) -> State:
         """Find out which boot this is, and undo or restore accordingly (decisions 14 and 21).
@@ -65,13 +88,16 @@ class Host:
         Raises MachineError when that cannot be known now (the device is held by somebody): nothing was lost by it, start
         again. After it, `verify` compares what restoring has left to be compared.
         """
-        startup = Startup(self.machine, self.settings, self.drivers, self.journal, self.boot)
+        startup = Startup(self.machine, self.settings, self.drivers, self.journal, self.boot, self.book)
         self._state = await startup.run()
         self._ident = startup.update
         self.incoming = startup.incoming
-        self.problems = startup.problems
+        self.problems[:] = startup.problems
         for entry in startup.entries:
-            self.registry.add_restored(entry)
+            self.registry.put(entry)
+        self.keepers.resume([e for e in self.registry if not e.state.unclaimed], self.settings.reconnect)
+        if any(e.state.unclaimed for e in self.registry):
+            asyncio.get_running_loop().call_later(self.settings.orphans_after, self._report_orphans)
         self._startup = startup
         return self._state
 
@@ -87,22 +113,63 @@ class Host:
         if (verifying := self.verify()) is not None:
             await asyncio.shield(verifying)
 
-    def attach(self, client: Client) -> None:
-        """From now on this client is asked and told."""
-        self.clients.append(client)
-
-    def detach(self, client: Client) -> None:
-        """It is not any more."""
-        self.clients.remove(client)
-
     def keeps_from_exit(self) -> str:
-        """Why khod must not exit now (decision 25); '' when it may."""
-        alone = [e.name for e in self.registry if e.state.unclaimed]
-        if self.state.outgoing:
-            return f"an update is {self.state}"
-        if alone:
-            return f"nobody but khod holds the memory of {', '.join(alone)}"
-        return ""
+        """Why khod must not exit now; '' when it may. Memory is no reason: it is in custody (decision 25)."""
+        return f"an update is {self.state}" if self.state.outgoing else ""
+
+    # What ends by itself
+
+    def _keeper_ended(self, entry: Entry) -> None:
+        """Decision 5: before everything stands frozen its memory is let go of; between that and its claim nothing changes."""
+        if entry.key not in self.registry or self.registry.get(entry.key) is not entry or entry.state.unclaimed:
+            return
+        if self.last_update is not None and self.last_update.state.outgoing:
+            self.last_update.instance_ended(entry)
+            return
+        task = asyncio.create_task(self._end(entry), name=f"end {entry.label}")
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _end(self, entry: Entry) -> None:
+        async with self._lock:
+            over = entry.keeper is None or not entry.keeper.there
+            if over and entry.key in self.registry and self.registry.get(entry.key) is entry:
+                logger.info("instance %s: its %s is over: let go of", entry.label, entry.lifetime)
+                await self._let_go(entry)
+
+    def _sweep(self) -> None:
+        """After an update that was undone: what ended meanwhile."""
+        for entry in list(self.registry):
+            if entry.keeper is not None and not entry.keeper.there:
+                self._keeper_ended(entry)
+
+    async def _let_go(self, entry: Entry) -> None:
+        """Forget an instance; what nobody else holds of it is freed."""
+        session = entry.session_name
+        if session and entry.session < 0:  # it waits to be retrieved: freeing it takes that
+            entry.session = await blocking(self.machine.liveupdate.retrieve_session, session)
+        self.registry.remove(entry)
+        self.broker.forget(entry.handle)
+        await blocking(self.book.remove, entry, over=session)
+        await blocking(entry.close, self.machine)
+        if session:
+            await blocking(self.machine.custody.release, session)
+
+    def orphans(self) -> list[Entry]:
+        """What came through a jump long ago, and nobody claimed."""
+        now = self.machine.clock.stamp().realtime
+        return [e for e in self.registry if e.state.unclaimed and now - e.since >= self.settings.orphans_after * 1e9]
+
+    def _report_orphans(self) -> None:
+        for entry in self.orphans():
+            age = (self.machine.clock.stamp().realtime - entry.since) / 1e9
+            logger.warning(
+                "orphan: %s, %d bytes, unclaimed for %.0f s: kept until it is claimed or discarded",
+                entry.label,
+                entry.declaration.size,
+                age,
+                extra={"KHOD_INSTANCE": entry.name, "KHOD_OWNER": str(entry.owner), "KHOD_KIND": "orphan"},
+            )
 
     # Service: looking
 
@@ -115,7 +182,7 @@ class Host:
             device = str(error)
         return views.StatusView(
             state=self.state,
-            update=self.last_update.id if self.last_update else self._ident,
+            update=self._update_id,
             held=bool(self.last_update and self.last_update.held),
             boot_id=self.boot.boot_id,
             release=self.boot.release,
@@ -130,7 +197,8 @@ class Host:
 
     async def instances(self) -> Sequence[views.InstanceView]:
         """See Service."""
-        return [await instance_view(self.machine, entry) for entry in self.registry]
+        orphans = set(self.orphans())
+        return [await instance_view(self.machine, entry, orphan=entry in orphans) for entry in self.registry]
 
     async def plan(self) -> views.PlanView:
         """See Service."""
@@ -163,43 +231,34 @@ class Host:
 
     # Service: instances
 
-    async def register(
-        self,
-        name: str,
-        driver: str,
-        fds: Sequence[tuple[str, int]],
-        *,
-        owner: str,
-        required: bool = True,
-        requires: Sequence[str] = (),
-        options: Mapping[str, str] | None = None,
-    ) -> views.InstanceView:
+    async def register(self, caller: Caller, asked: Registration, fds: Sequence[tuple[str, int]]) -> views.RegisteredView:
         """See Service."""
+        entry = await self._register(caller, asked, fds)
+        self.keepers.bind(entry, caller)
+        await blocking(self.book.put, entry)
+        return await self._registered(entry)
+
+    async def _register(self, caller: Caller, asked: Registration, fds: Sequence[tuple[str, int]]) -> Entry:
+        """An entry in the registry, its descriptors in custody."""
         entry: Entry | None = None
         try:
             async with self._lock:
                 self._require_still("register an instance")
-                request = Registration(name, driver, fds, owner, required, tuple(requires), options or {})
-                entry = await new_entry(self.machine, self.registry, self.drivers, request)
+                entry = await new_entry(self.machine, self.registry, self.drivers, self.settings, caller, asked, fds)
+                await blocking(self.book.deposit, entry)
                 self.registry.add(entry)
+                return entry
         except BaseException:
             for _, fd in fds:
                 self.machine.files.close(fd)
             raise
-        return await instance_view(self.machine, entry)
+
+    async def _registered(self, entry: Entry) -> views.RegisteredView:
+        return views.RegisteredView(instance=await instance_view(self.machine, entry), handle=entry.handle)
 
     async def adopt(
-        self,
-        name: str,
-        driver: str,
-        pid: int,
-        fds: Sequence[tuple[str, int]],
-        *,
-        owner: str,
-        required: bool = True,
-        requires: Sequence[str] = (),
-        options: Mapping[str, str] | None = None,
-    ) -> views.InstanceView:
+        self, caller: Caller, asked: Registration, pid: int, fds: Sequence[tuple[str, int]]
+    ) -> views.RegisteredView:
         """See Service."""
         taken: list[tuple[str, int]] = []
         try:
@@ -209,42 +268,136 @@ class Host:
             for _, fd in taken:
                 self.machine.files.close(fd)
             raise
-        return await self.register(name, driver, taken, owner=owner, required=required, requires=requires, options=options)
+        if asked.lifetime is Lifetime.CONNECTION:
+            asked = replace(asked, lifetime=Lifetime.PROCESS)
+        entry = await self._register(caller, asked, taken)
+        if not self.keepers.bind_process(entry, pid):
+            async with self._lock:
+                await self._let_go(entry)
+            raise InvalidRequest(f"there is no process {pid} to keep {entry.label}")
+        await blocking(self.book.put, entry)
+        return await self._registered(entry)
 
-    async def unregister(self, name: str) -> None:
+    async def register_opaque(self, caller: Caller, name: str, lifetime: Lifetime) -> views.RegisteredView:
+        """See Service."""
+        async with self._lock:
+            self._require_still("register an instance")
+            entry = new_opaque(self.machine, self.registry, self.settings, caller, name, lifetime)
+            self.registry.add(entry)
+            self.keepers.bind(entry, caller)
+            await blocking(self.book.put, entry)
+        return await self._registered(entry)
+
+    def _find(self, caller: Caller, name: str, owner: str, handle: str = "") -> Entry:
+        return self.registry.by_handle(caller, handle) if handle else self.registry.find(caller, name, owner)
+
+    async def unregister(self, caller: Caller, name: str = "", *, owner: str = "", handle: str = "") -> None:
         """See Service."""
         async with self._lock:
             self._require_still("unregister an instance")
-            entry = self.registry.remove(name)
-            if not entry.state.sound:
-                self.journal.note(self._ident, "discarded", name=name, owner=entry.owner, problem=entry.problem)
-            await blocking(entry.close, self.machine)
+            entry = self._find(caller, name, owner, handle)
+            if entry.state.unclaimed:
+                raise Refused(
+                    f"{entry.label} came through a jump and is {entry.state}: nobody has claimed it",
+                    hint=f"`khoctl claim {entry.name}` hands it out, `khoctl discard {entry.name}` lets go of it for good",
+                )
+            self.registry.check_removable(entry)
+            await self._let_go(entry)
 
-    async def claim(self, name: str, *, owner: str, unverified: bool = False) -> views.ClaimView:
+    async def discard(self, caller: Caller, name: str, *, owner: str = "") -> None:
         """See Service."""
         async with self._lock:
-            if name not in self.registry:
-                return self._claim_unknown(name)
-            entry = self.registry.get(name)
-            if entry.state in (InstanceState.PRESERVED, InstanceState.FROZEN):
-                return _hold(f"{name} is {entry.state}: an update is {self.state}")
-            if not entry.state.sound and not unverified:
-                return _hold(f"{name} is {entry.state}: {entry.problem}")
-            if not entry.fds:
-                return _hold(f"{name}: nothing of it could be retrieved: {entry.problem}")
+            self._require_still("discard an instance")
+            entry = self.registry.find(caller, name, owner)
+            if not entry.state.unclaimed and entry.session < 0:
+                raise Refused(f"{entry.label} is {entry.state}, it did not come through a jump", hint="unregister it")
+            self.registry.check_removable(entry)
             self.journal.note(
-                self._ident, "claimed", name=name, owner=owner, unverified=not entry.state.sound, problem=entry.problem
+                self._ident, "discarded", name=entry.name, owner=str(entry.owner), by=str(caller.owner), problem=entry.problem
             )
-            fds = [self.machine.files.duplicate(fd) for fd in entry.fds.values()]
-            if entry.state is not InstanceState.REGISTERED:
-                entry.state = InstanceState.CLAIMED
-            return views.ClaimView(answer="fds", reason=entry.problem, names=list(entry.fds), fds=fds)
+            await self._let_go(entry)
 
-    def _claim_unknown(self, name: str) -> views.ClaimView:
-        """No such instance: it never was, or what came through cannot be read (decision 24)."""
-        if self.state in (State.FAILED, State.UNREACHABLE, State.RESTORING):
-            return _hold(f"no instance {name!r} is known, and the last update is {self.state}: it may exist")
-        return views.ClaimView(answer="cold", reason=f"no instance {name!r} came through")
+    async def claim(
+        self,
+        caller: Caller,
+        name: str,
+        *,
+        owner: str = "",
+        lifetime: Lifetime | None = None,
+        unverified: bool = False,
+    ) -> views.ClaimView:
+        """See Service."""
+        async with self._lock:
+            claimed = await self._claims.answer(
+                caller, name, owner, self.state, self._ident, lifetime=lifetime, unverified=unverified
+            )
+            if claimed.entry is not None:
+                self.broker.forget(claimed.void)
+                self.keepers.bind(claimed.entry, caller)
+                await blocking(self.book.put, claimed.entry)
+            return claimed.view
+
+    async def finished(self, caller: Caller, handle: str) -> None:
+        """See Service."""
+        async with self._lock:
+            entry = self.registry.by_handle(caller, handle)
+            if entry.state is not InstanceState.CLAIMED:
+                raise Refused(f"{entry.label} is {entry.state}", hint="it is claimed first, and finished then")
+            await self.verified()
+            await self._finisher.one(entry)
+            restored = self.incoming is not None and self.state is State.RESTORED
+            if restored and not any(e.session_name for e in self.registry):
+                await self._finish()
+
+    # Service: the life cycle, for clients
+
+    async def subscribe(self, caller: Caller, handles: Sequence[str]) -> AsyncIterator[views.LifecycleView]:
+        """See Service."""
+        entries = [self.registry.by_handle(caller, handle) for handle in handles]
+        subscription = self.broker.subscribe(caller, handles)
+        try:
+            for entry in entries:
+                self.keepers.came_back(entry, caller)
+                await blocking(self.book.put, entry)
+        except BaseException:
+            await subscription.aclose()
+            raise
+        return subscription
+
+    async def ready(
+        self, caller: Caller, update: str, phase: str, handles: Sequence[str] = (), *, quiet_for: float = 0.0
+    ) -> None:
+        """See Service."""
+        self.broker.ready(caller, update, phase, handles, quiet_for=quiet_for)
+
+    async def failed(self, caller: Caller, update: str, phase: str, handles: Sequence[str], reason: str) -> None:
+        """See Service."""
+        self.broker.failed(caller, update, phase, handles, reason)
+
+    async def states(self, caller: Caller, handle: str) -> Sequence[tuple[str, int]]:
+        """See Service."""
+        entry = self.registry.by_handle(caller, handle)
+        if self.state is not State.FREEZING or entry.state is not InstanceState.PRESERVED:
+            raise Refused(
+                f"the states of {entry.label} are not to be written now: khod is {self.state}",
+                hint="ask between 'quiesce' and your READY to it",
+            )
+        duplicate = self.machine.files.duplicate
+        return [(bound.name, duplicate(entry.states[bound.name].fd)) for bound in entry.client_states]
+
+    async def open_session(self, caller: Caller, handle: str) -> int:
+        """See Service."""
+        entry = self.registry.by_handle(caller, handle)
+        if entry.grade is not Grade.OPAQUE:
+            raise Refused(f"{entry.label} is not opaque", hint="its descriptors are khod's to preserve")
+        update = self.last_update
+        if update is None or update.state is not State.PREPARING or entry not in update.entries or entry.session_name:
+            raise Refused(
+                f"{entry.label}: no session can be had now: khod is {self.state}",
+                hint="ask once, between 'preparing' and your READY to it",
+            )
+        await blocking(update.outgoing.create_session, entry)
+        return self.machine.files.duplicate(entry.session)
 
     # Service: updates
 
@@ -262,8 +415,10 @@ class Host:
             image, self._image = self._image, None
             await blocking(self.machine.kexec.release, image)
 
-    async def update(self, hold_at: State | None = None) -> AsyncIterator[views.EventView]:
+    async def update(self, hold_at: State | None = None, *, jump: str = "") -> AsyncIterator[views.EventView]:
         """See Service."""
+        if jump not in ("", "direct", "systemd"):
+            raise InvalidRequest(f"no way to jump is called {jump!r}", hint="direct or systemd")
         if hold_at is not None and not hold_at.holdable:
             raise InvalidRequest(f"cannot hold at {hold_at}", hint=f"one of {', '.join(HOLDABLE)}")
         async with self._lock:
@@ -275,14 +430,14 @@ class Host:
                 raise Refused(f"the update is refused: {'; '.join(found)}")
             if self.incoming is not None:
                 await self._finish()  # decision 7: what is not finished is not passed on
-            self.problems = []
-            update = self.last_update = self._new_update(secrets.token_hex(8), entries, hold_at)
+            self.problems.clear()
+            update = self.last_update = self._new_update(secrets.token_hex(8), entries, hold_at, jump)
             events = self._events.listen()
             task = update.start()
             task.add_done_callback(self._ended)
         return self._follow(update, task, events)
 
-    def _new_update(self, ident: str, entries: list[Entry], hold_at: State | None) -> Update:
+    def _new_update(self, ident: str, entries: list[Entry], hold_at: State | None, jump: str = "") -> Update:
         from khod.core.update import Update  # numpy is behind it: not on the way to restored
 
         return Update(
@@ -293,15 +448,17 @@ class Host:
             journal=self.journal,
             events=self._events,
             entries=entries,
-            clients=self.clients,
+            broker=self.broker,
             image=self._image,
             hold_at=hold_at,
+            jump=jump or self.settings.jump,
         )
 
     def _ended(self, task: asyncio.Task[State]) -> None:
         self._events.close()
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
             logger.error("the update ended by %r", error)
+        self._sweep()
 
     async def _follow(
         self, update: Update, task: asyncio.Task[State], events: AsyncIterator[views.EventView]
@@ -332,35 +489,22 @@ class Host:
         if self.incoming is None or self.state not in (State.RESTORED, State.FAILED):
             raise Refused("there is nothing to finish", hint=f"khod is {self.state}")
         await self.verified()
-        if unsound := [f"{e.name} is {e.state}: {e.problem}" for e in self.registry if not e.state.sound]:
+        if found := self._finisher.blockers():
             raise Refused(
-                f"not finished: {'; '.join(unsound)}",
-                hint="`khoctl claim --unverified` hands out what is damaged, `khoctl unregister` discards it",
+                f"not finished: {'; '.join(found)}",
+                hint="`khoctl claim --unverified` hands out what is damaged, `khoctl discard` lets go of it for good",
             )
         self._set_state(State.FINISHING)
         try:
             for entry in self.registry:
-                await self._finish_one(entry)
-            await blocking(self.machine.liveupdate.finish, self.incoming.session)
-            await blocking(self.incoming.close, self.machine)
+                await self._finisher.one(entry)
+            await self._finisher.bookkeeping(self.incoming)
         except KhodError:
             self._set_state(State.FAILED)  # from where it can be tried again
             raise
         self.incoming = None
         self._set_state(State.IDLE)
-        return [e.name for e in self.registry if e.state is InstanceState.RESTORED]
-
-    async def _finish_one(self, entry: Entry) -> None:
-        """Everything of its session is retrieved and held: finishing frees nothing."""
-        if entry.session < 0:
-            return
-        await blocking(self.machine.liveupdate.finish, entry.session)
-        await blocking(entry.close_session, self.machine)
-        if entry.driver is not None:
-            try:
-                await entry.driver.finish(entry.view(self.machine))
-            except KhodError as error:
-                self.problems.append(f"{entry.name}: its driver could not finish it: {error}")
+        return [e.label for e in self.registry if e.state is InstanceState.RESTORED]
 
     def _set_state(self, state: State, **data: Any) -> None:
         self._state = state
@@ -371,24 +515,23 @@ class Host:
             raise Refused(f"cannot {what} while khod is {self.state}", hint="wait for the update, or `khoctl abort`")
 
     async def close(self) -> None:
-        """Let go of everything; what nobody else holds is freed by the kernel. Ask `keeps_from_exit` first."""
+        """Close everything; custody keeps what is registered and what came through. Ask `keeps_from_exit` first."""
         if self.last_update is not None and self.last_update.state.outgoing:
             await self.last_update.abort()
         if self._verifying is not None:
             self._verifying.cancel()
             await asyncio.wait([self._verifying])
         await self._drop_image()
+        for task in list(self._ending):
+            await asyncio.wait([task])
         for entry in self.registry:
             await blocking(entry.close, self.machine)
         if self.incoming is not None:
             await blocking(self.incoming.close, self.machine)
+        await blocking(self.book.close)
 
 
 def _image_view(image: Image) -> views.ImageView:
     return views.ImageView(
         kernel=image.kernel, initrd=image.initrd, cmdline=image.cmdline, sha256=image.sha256, size=image.size
     )
-
-
-def _hold(reason: str) -> views.ClaimView:
-    return views.ClaimView(answer="hold", reason=reason)

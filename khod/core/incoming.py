@@ -14,11 +14,13 @@ from typing import Any
 
 from khod.abi import tree as abi
 from khod.core import ledger
+from khod.core.callers import Owner
 from khod.core.journal import Record
-from khod.core.node import DIGEST, MAP_TOKEN, SESSION, TREE_TOKEN, Carried, from_node
+from khod.core.node import DIGEST, MAP_TOKEN, SESSION, TREE_TOKEN, Carried, from_node, parse_shares
 from khod.core.ports import Machine, Stamp
+from khod.core.registry import ROOT, Grade, Key
 from khod.core.sample import Sample
-from khod.errors import KhodError, MachineError, MapError, TokenUnknown, TreeError
+from khod.errors import FormatError, KhodError, MachineError, MapError, TokenUnknown, TreeError
 from khod.folio.units import PAGE_SHIFT, PAGE_SIZE
 from khod.folio.walk import FolioMap, validate
 
@@ -49,7 +51,7 @@ class Incoming:
         return self.tree.update_id if self.tree else ""
 
     def close(self, machine: Machine) -> None:
-        """Let go of khod's own session; instances' sessions are their entries'."""
+        """Close khod's descriptors of its own session, which stays in custody; instances' sessions are their entries'."""
         for name in ("tree_fd", "map_fd", "session"):
             fd = getattr(self, name)
             if fd >= 0:
@@ -99,12 +101,12 @@ def read_tree(machine: Machine, incoming: Incoming) -> None:
 
 
 def _check_unique(carried: Iterable[Carried]) -> None:
-    names: set[str] = set()
+    keys: set[Key] = set()
     sessions: set[str] = set()
     for one in carried:
-        if one.name in names or one.session in sessions:
-            raise TreeError(f"instance {one.name!r} or its session {one.session!r} is in the tree twice")
-        names.add(one.name)
+        if one.key in keys or one.session in sessions:
+            raise TreeError(f"instance {one.label!r} or its session {one.session!r} is in the tree twice")
+        keys.add(one.key)
         sessions.add(one.session)
 
 
@@ -163,6 +165,21 @@ def from_journal(record: Record | None) -> list[Carried]:
     return [_from_row(row) for row in rows or () if _is_row(row)]
 
 
+def _owner(text: str) -> Owner:
+    """Whose it is; what cannot be read is root's: somebody must be able to let go of it."""
+    try:
+        return Owner.parse(text)
+    except FormatError:
+        return ROOT
+
+
+def _shares(row: Mapping[str, Any]) -> dict[str, tuple[Key, str]]:
+    try:
+        return parse_shares(row["shares"])
+    except (KeyError, TypeError, ValueError, AttributeError, FormatError):
+        return {}
+
+
 def _is_row(row: Any) -> bool:
     return (
         isinstance(row, Mapping)
@@ -177,7 +194,7 @@ def _from_row(row: Mapping[str, Any]) -> Carried:
         name=row["name"],
         driver=row["driver"],
         compatible="",
-        owner=row["owner"],
+        owner=_owner(row["owner"]),
         required=True,
         requires=(),
         options={},
@@ -189,4 +206,6 @@ def _from_row(row: Mapping[str, Any]) -> Carried:
         bounds=(),
         frames=(),
         sample=Sample((), 0, bytes(DIGEST)),
+        grade=Grade.OPAQUE if row.get("grade") == Grade.OPAQUE else Grade.REGISTERED,
+        shares=_shares(row),
     )

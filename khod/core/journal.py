@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The journal: what khod intended and did, durable before it matters.
 
-One record a line, in a file that only grows: ``<crc32 of the JSON, 8 hex digits> <JSON object>\\n``. A direct jump may leave
+One record a line (`khod.core.lines`), in a file that only grows. A direct jump may leave
 the last append torn, or as NULs, or not there: such a tail is normal and is cut off. A record that does not check, with good
 ones after it, is damage, and raises.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from khod.core import lines
 from khod.core.ports import Boot, Store
 from khod.core.state import State
 from khod.errors import JournalError
@@ -44,8 +43,7 @@ class Record:
 def encode(record: Record) -> bytes:
     """One line."""
     body = {"v": VERSION, "time": record.time, "boot": record.boot, "update": record.update, "event": record.event}
-    text = json.dumps(body | {"data": dict(record.data)}, separators=(",", ":"), sort_keys=True).encode()
-    return b"%08x %s\n" % (zlib.crc32(text), text)
+    return lines.encode(body | {"data": dict(record.data)})
 
 
 def decode(data: bytes) -> tuple[list[Record], int]:
@@ -60,7 +58,7 @@ def decode(data: bytes) -> tuple[list[Record], int]:
         line = data[at : end if end >= 0 else len(data)]
         record = _decode_line(line, at) if end >= 0 else None
         if record is None:
-            if any(_checks(later) for later in data[at + len(line) :].split(b"\n")):
+            if any(lines.whole(later) for later in data[at + len(line) :].split(b"\n")):
                 raise JournalError(
                     f"journal: record at byte {at} is damaged and records follow it",
                     hint="this is no torn tail but a damaged disk or an edited file: move it away and keep it",
@@ -71,15 +69,11 @@ def decode(data: bytes) -> tuple[list[Record], int]:
     return records, good
 
 
-def _checks(line: bytes) -> bool:
-    return len(line) > 9 and line[8:9] == b" " and line[:8] == b"%08x" % zlib.crc32(line[9:])
-
-
 def _decode_line(line: bytes, at: int) -> Record | None:
-    if not _checks(line):
+    if not lines.whole(line):
         return None
     try:
-        body = json.loads(line[9:])
+        body = lines.decode(line)
         version = body["v"]
         if version == VERSION:
             record = Record(body["time"], body["boot"], body["update"], body["event"], body["data"])

@@ -15,7 +15,7 @@ from khod.abi import tree as abi
 from khod.core import ledger, sample
 from khod.core.driver import StateArea
 from khod.core.learning import FramesDigest, windows
-from khod.core.node import DIGEST, MAP_TOKEN, SESSION, TREE_TOKEN, Carried, to_node
+from khod.core.node import DIGEST, MAP_TOKEN, SESSION, TREE_TOKEN, Carried, flat_shares, to_node
 from khod.core.ports import Machine
 from khod.core.registry import Entry
 from khod.core.sample import Sample
@@ -38,8 +38,8 @@ class Part:
     content: bytes = b""
 
     def memory(self) -> list[int]:
-        """Descriptors with folios behind them that the instance brought, in token order."""
-        return [p.fd for p in self.entry.declaration.fds if p.folios]
+        """Descriptors with folios behind them that are in the instance's session, in token order."""
+        return [p.fd for p in self.entry.declaration.fds if p.folios and p.name not in self.entry.shares]
 
 
 class Outgoing:
@@ -48,42 +48,48 @@ class Outgoing:
     def __init__(self, machine: Machine, settings: Settings, update: str, boot_id: str) -> None:
         self.machine, self.settings, self.update, self.boot_id = machine, settings, update, boot_id
         self.tracker = self._new_tracker()
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[Entry, Part] = {}
         self.session = self.tree_fd = self.map_fd = -1
         """Owned; -1 for none."""
         self.map_frames: list[int] = []
         self.written: SerializedMap | None = None
         self.tree: abi.HandoverTree | None = None
         self._tree_size = 0
+        self._sessions = 0
         self._lock = threading.Lock()
 
     def _new_tracker(self) -> Tracker:
         memory = self.machine.memory
         return Tracker(ram=memory.ram(), scratch=memory.scratch(), max_order=self.settings.max_order)
 
-    def session_name(self, number: int) -> str:
-        """Of the instance `number`, counted from 1."""
-        return f"{SESSION}.{self.update}.{number}"
+    def create_session(self, entry: Entry) -> None:
+        """A session for an instance (decision 2). It is the entry's."""
+        self._sessions += 1
+        name = f"{SESSION}.{self.update}.{self._sessions}"
+        entry.session, entry.session_name = self.machine.liveupdate.create_session(name), name
 
     def create_states(self, entry: Entry) -> None:
         """The memfds of an instance's states, at their bounds (decision 9)."""
-        for bound in entry.declaration.states:
+        for bound in entry.bounds:
             fd = self.machine.files.memfd(f"khod-state-{bound.name}", StateArea.file_size(bound.size))
             entry.states[bound.name] = StateArea(self.machine.files, fd, bound)
 
     def preserve(self, entry: Entry) -> None:
         """Preserve an instance's descriptors and states in its session, and learn their frames."""
-        part = self.parts[entry.name] = Part(entry)
-        token = 0
-        for preserve in entry.declaration.fds:
-            self.machine.liveupdate.preserve_fd(entry.session, preserve.fd, token)
-            token += 1
-        for area in entry.states.values():
-            self.machine.liveupdate.preserve_fd(entry.session, area.fd, token)
-            token += 1
+        part = self.parts[entry] = Part(entry)
+        preserve_fd = self.machine.liveupdate.preserve_fd
+        for token, preserve in enumerate(entry.declaration.fds):
+            if preserve.name not in entry.shares:
+                preserve_fd(entry.session, preserve.fd, token)
+        for token, area in enumerate(entry.states.values(), len(entry.declaration.fds)):
+            preserve_fd(entry.session, area.fd, token)
         # Only now: preserving moves pages (out of CMA, out of swap), and from here on they stay.
         for fd in [*part.memory(), *(area.fd for area in entry.states.values())]:
             part.frames.append(self._learn(part, fd))
+
+    def note_opaque(self, entry: Entry) -> None:
+        """Nothing of it is known but its session: a node in the tree."""
+        self.parts[entry] = Part(entry)
 
     def _learn(self, part: Part, fd: int) -> bytes:
         digest = FramesDigest()
@@ -97,7 +103,7 @@ class Outgoing:
 
     def forget(self, entry: Entry) -> None:
         """Take an instance's folios out again; its session is still open. Nothing learned: no effect."""
-        part = self.parts.pop(entry.name, None)
+        part = self.parts.pop(entry, None)
         for fd, count in part.learned if part else ():
             for number, window in enumerate(windows(self.machine, fd), 1):
                 if number > count:
@@ -137,7 +143,7 @@ class Outgoing:
         for number, part in enumerate(self.parts.values(), 1):
             memory = part.memory()
             sizes = [self.machine.files.stat(fd).size for fd in memory]
-            chosen = sample.choose(self.update, part.entry.name, sizes, self.settings.sample_pages)
+            chosen = sample.choose(self.update, part.entry.label, sizes, self.settings.sample_pages)
             until = started + budget * number // shares
 
             def enough(done: int, until: int = until) -> bool:
@@ -197,7 +203,7 @@ class Outgoing:
             options=entry.options,
             session=entry.session_name,
             fds=tuple(p.name for p in fds),
-            memory=tuple(i for i, p in enumerate(fds) if p.folios),
+            memory=tuple(i for i, p in enumerate(fds) if p.folios and p.name not in entry.shares),
             sizes=tuple(stat(fd).size for fd in [*part.memory(), *(a.fd for a in areas)]),
             states=tuple(a.bound.name for a in areas),
             bounds=tuple(a.bound.size for a in areas),
@@ -205,6 +211,11 @@ class Outgoing:
             sample=seen,
             content=bytes(DIGEST) if draft else part.content,
             properties=entry.properties,
+            grade=entry.grade,
+            lifetime=entry.lifetime,
+            client_states=tuple(bound.name for bound in entry.client_states),
+            shares=entry.shares,
+            shareable=entry.shareable,
         )
 
     def sessions_record(self) -> list[dict[str, object]]:
@@ -213,9 +224,11 @@ class Outgoing:
             {
                 "name": part.entry.name,
                 "driver": part.entry.driver_name,
-                "owner": part.entry.owner,
+                "owner": str(part.entry.owner),
                 "session": part.entry.session_name,
+                "grade": part.entry.grade,
                 "fds": [p.name for p in part.entry.declaration.fds],
+                "shares": flat_shares(part.entry.shares),
             }
             for part in self.parts.values()
         ]

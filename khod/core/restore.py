@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from khod.core import sample
 from khod.core.blocking import blocking
+from khod.core.book import Book
 from khod.core.driver import Declaration, Drivers, Preserve, Request, StateArea, StateBound
 from khod.core.incoming import Incoming
 from khod.core.learning import FramesDigest, windows
 from khod.core.node import Carried
 from khod.core.ports import Machine
-from khod.core.registry import Entry, InstanceState, order
+from khod.core.registry import Entry, Grade, InstanceState, Key, order
 from khod.core.settings import Settings
 from khod.errors import DeadlinePassed, FormatError, KhodError
 from khod.folio.blocks import Blocks, OrderDifference
@@ -49,33 +50,39 @@ class Verification:
 class Restorer:
     """Restores the instances of one incoming update."""
 
-    def __init__(self, machine: Machine, settings: Settings, drivers: Drivers, incoming: Incoming) -> None:
-        self.machine, self.settings, self.drivers, self.incoming = machine, settings, drivers, incoming
+    def __init__(self, machine: Machine, settings: Settings, drivers: Drivers, incoming: Incoming, book: Book) -> None:
+        self.machine, self.settings, self.drivers, self.incoming, self.book = machine, settings, drivers, incoming, book
         self.verification = Verification()
         self.on_instance: Callable[[Entry], None] = lambda entry: None
         """Told of each instance as it is done."""
 
-    async def restore(self) -> list[Entry]:
-        """All instances of the tree, as entries: RESTORED, or DAMAGED or QUARANTINED with the reason."""
-        entries = {c.name: self._entry(c) for c in self.incoming.carried}
-        carried = {c.name: c for c in self.incoming.carried}
-        for generation in order(entries.values()):
-            await asyncio.gather(*(self._one(e, carried[e.name], entries) for e in generation))
+    async def restore(self, others: Mapping[Key, Entry]) -> list[Entry]:
+        """All instances of the tree whose sessions are not over, as entries: RESTORED, or WAITING, DAMAGED or QUARANTINED with
+        the reason. `others` are there already: registered, or finished, before khod was started anew."""
+        carried = {c.key: c for c in self.incoming.carried if c.session not in self.book.contents.over}
+        entries = {key: self._entry(c) for key, c in carried.items()}
+        generations = order(entries.values())
+        await blocking(self._prove, [e for generation in generations for e in generation], carried)
+        for generation in generations:
+            await asyncio.gather(*(self._one(e, carried[e.key], {**others, **entries}) for e in generation))
         return list(entries.values())
 
     async def take_custody(self, carried: list[Carried]) -> list[Entry]:
         """Retrieve the sessions and descriptors of instances whose bookkeeping failed; nothing is compared."""
-        entries = [self._entry(c) for c in carried]
-        for entry, one in zip(entries, carried, strict=True):
+        carried = [c for c in carried if c.session not in self.book.contents.over]
+        entries = {c.key: self._entry(c) for c in carried}
+        for one in carried:
+            entry = entries[one.key]
             entry.state, entry.problem = InstanceState.DAMAGED, f"not verified: {self.incoming.verdict}"
             try:
-                await blocking(self._retrieve, entry, one)
+                await blocking(self._retrieve, entry, one, entries)
             except KhodError as error:
                 entry.problem += f"; {error}"
-        return entries
+        return list(entries.values())
 
     def _entry(self, carried: Carried) -> Entry:
-        driver = self.drivers.for_compatible(carried.compatible)
+        driver = None if carried.grade is Grade.OPAQUE else self.drivers.for_compatible(carried.compatible)
+        bounds = dict(zip(carried.states, carried.bounds, strict=True))
         return Entry(
             name=carried.name,
             driver=driver,
@@ -86,51 +93,84 @@ class Restorer:
             options=carried.options,
             declaration=Declaration(carried.compatible, (), properties=carried.properties, size=sum(carried.sizes)),
             fds={},
+            session_name=carried.session,
+            grade=carried.grade,
+            lifetime=carried.lifetime,
+            client_states=tuple(StateBound(name, bounds[name]) for name in carried.client_states),
+            shares=dict(carried.shares),
+            shareable=carried.shareable,
         )
 
-    async def _one(self, entry: Entry, carried: Carried, others: dict[str, Entry]) -> None:
+    def _prove(self, entries: list[Entry], carried: Mapping[Key, Carried]) -> None:
+        """Decision 19: a retrieve that fails loses the file, so none is tried that is not proven to succeed."""
+        size = files = 0
+        proven = []
+        for entry in entries:
+            one = carried[entry.key]
+            if one.session in self.book.contents.proven:
+                continue
+            more, most = size + sum(one.sizes), files + 1 + len(one.fds) + len(one.states)
+            if doubt := self.machine.custody.doubt(more, most):
+                self._mark(entry, InstanceState.WAITING, f"not retrieved yet, for that could fail and lose it: {doubt}")
+                continue
+            size, files = more, most
+            proven.append(one.session)
+        if proven:
+            self.book.note_proven(proven)
+
+    async def _one(self, entry: Entry, carried: Carried, others: Mapping[Key, Entry]) -> None:
         try:
+            if entry.state is InstanceState.WAITING:
+                return
             async with asyncio.timeout(self.settings.restoring):
-                await self._retrieve_and_compare(entry, carried)
-                if entry.driver is None:
-                    self._mark(entry, InstanceState.QUARANTINED, f"no plugin here reads {carried.compatible!r}")
-                    return
-                if unsound := [r for r in carried.requires if r in others and not others[r].state.sound]:
-                    raise FormatError(f"{entry.name}: requires {', '.join(unsound)}, which did not come through sound")
-                await entry.driver.restore(entry.view(self.machine))
-                entry.declaration = await entry.driver.declare(
-                    self.machine, Request(entry.name, dict(entry.fds), entry.options)
-                )
-                entry.properties = dict(entry.declaration.properties)
-                entry.state = InstanceState.RESTORED
+                await self._restore_one(entry, carried, others)
         except TimeoutError:
             self._mark(entry, InstanceState.DAMAGED, str(DeadlinePassed(f"no end within {self.settings.restoring:g} s")))
         except KhodError as error:
             self._mark(entry, InstanceState.DAMAGED, str(error))
         except Exception as error:  # a bug of ours must not end the process that holds everybody's memory
-            logger.exception("instance %s", entry.name)
+            logger.exception("instance %s", entry.label)
             self._mark(entry, InstanceState.DAMAGED, f"khod failed at it: {error!r}")
         finally:
             self.on_instance(entry)
 
+    async def _restore_one(self, entry: Entry, carried: Carried, others: Mapping[Key, Entry]) -> None:
+        await blocking(self._retrieve, entry, carried, others)
+        if entry.grade is Grade.OPAQUE:
+            entry.state = InstanceState.RESTORED
+            return
+        page = self.book.contents.pages.get(entry.key)
+        if page is not None and page.state in (InstanceState.DAMAGED, InstanceState.QUARANTINED):
+            self._mark(entry, page.state, page.problem)
+            return
+        if page is None or page.state is InstanceState.WAITING:  # else it was compared, and has been written to since
+            await blocking(self._compare, entry, carried)
+        if entry.driver is None:
+            self._mark(entry, InstanceState.QUARANTINED, f"no plugin here reads {carried.compatible!r}")
+            return
+        if unsound := [others[key].label for key in entry.needs if key in others and not others[key].state.sound]:
+            raise FormatError(f"{entry.label}: requires {', '.join(unsound)}, which did not come through sound")
+        await entry.driver.restore(entry.view(self.machine))
+        entry.declaration = await entry.driver.declare(self.machine, Request(entry.name, dict(entry.fds), entry.options))
+        entry.properties = dict(entry.declaration.properties)
+        entry.state = InstanceState.RESTORED
+
     def _mark(self, entry: Entry, state: InstanceState, problem: str) -> None:
-        logger.error("instance %s: %s: %s", entry.name, state, problem)
+        logger.error("instance %s: %s: %s", entry.label, state, problem)
         entry.state, entry.problem = state, problem
-        self.verification.problems.append(f"{entry.name}: {problem}")
+        self.verification.problems.append(f"{entry.label}: {problem}")
 
-    async def _retrieve_and_compare(self, entry: Entry, carried: Carried) -> None:
-        await blocking(self._retrieve, entry, carried)
-        await blocking(self._compare, entry, carried)
-
-    def _retrieve(self, entry: Entry, carried: Carried) -> None:
+    def _retrieve(self, entry: Entry, carried: Carried, others: Mapping[Key, Entry]) -> None:
         """Its session and everything in it. What fails is raised after the rest was tried: each is somebody's memory."""
         machine = self.machine
         entry.session = machine.liveupdate.retrieve_session(carried.session)
-        entry.session_name = carried.session
         failures: list[KhodError] = []
         for token, name in enumerate((*carried.fds, *carried.states)):
             try:
-                fd = machine.liveupdate.retrieve_fd(entry.session, token)
+                if name in carried.shares and token < len(carried.fds):
+                    fd = self._shared(entry, name, others)
+                else:
+                    fd = machine.liveupdate.retrieve_fd(entry.session, token)
             except KhodError as error:
                 failures.append(error)
                 continue
@@ -148,6 +188,17 @@ class Restorer:
         if failures:
             raise failures[0]
 
+    def _shared(self, entry: Entry, name: str, others: Mapping[Key, Entry]) -> int:
+        """A descriptor of a file that is in another instance's session, or, when that is over, in custody for this one."""
+        page = self.book.contents.pages.get(entry.key)
+        if page is not None and name in page.deposits:
+            return self.machine.custody.take(page.deposits[name])
+        key, theirs = entry.shares[name]
+        holder = others.get(key)
+        if holder is None or theirs not in holder.fds:
+            raise FormatError(f"{entry.label}: {name!r} is a file of {key[1]}, which did not come through with it")
+        return self.machine.files.duplicate(holder.fds[theirs])
+
     def _compare(self, entry: Entry, carried: Carried) -> None:
         """Sizes, the sample's frames and orders, the sample's bytes; every byte where that was noted."""
         machine, seen = self.machine, carried.sample
@@ -155,19 +206,19 @@ class Restorer:
         areas = [entry.states[name].fd for name in carried.states]
         for fd, size in zip([*memory, *areas], carried.sizes, strict=True):
             if (found := machine.files.stat(fd).size) != size:
-                raise FormatError(f"{entry.name}: a file came back with {found} bytes, it had {size}")
+                raise FormatError(f"{entry.label}: a file came back with {found} bytes, it had {size}")
         sizes = carried.sizes[: len(memory)]
-        chosen = sample.choose(self.incoming.update, entry.name, sizes, len(seen.frames))
+        chosen = sample.choose(self.incoming.update, entry.label, sizes, len(seen.frames))
         if len(chosen) != len(seen.frames):
-            raise FormatError(f"{entry.name}: a sample of {len(seen.frames)} pages was noted of {len(chosen)} that there are")
+            raise FormatError(f"{entry.label}: a sample of {len(seen.frames)} pages was noted of {len(chosen)} that there are")
         self._compare_frames(entry, carried, memory, chosen)
         _, digest = sample.digest(machine.files, memory, chosen, lambda done: done >= seen.checked)
         if digest != seen.digest:
-            raise FormatError(f"{entry.name}: bytes differ in its sample of {seen.checked} pages")
+            raise FormatError(f"{entry.label}: bytes differ in its sample of {seen.checked} pages")
         self.verification.pages += seen.checked
         if carried.content:
             if sample.content_digest(machine.files, memory, sizes) != carried.content:
-                raise FormatError(f"{entry.name}: bytes differ")
+                raise FormatError(f"{entry.label}: bytes differ")
             self.verification.full += 1
 
     def _compare_frames(self, entry: Entry, carried: Carried, memory: list[int], chosen: list[tuple[int, int]]) -> None:
@@ -177,12 +228,12 @@ class Restorer:
             if before != now:
                 (pfn_was, folio_was), (pfn, folio) = sample.unpacked(before), sample.unpacked(now)
                 raise FormatError(
-                    f"{entry.name}: page {page} of {name!r} is frame {pfn:#x} of order {folio.order},"
+                    f"{entry.label}: page {page} of {name!r} is frame {pfn:#x} of order {folio.order},"
                     f" it was {pfn_was:#x} of order {folio_was.order}"
                 )
             _, folio = sample.unpacked(now)
             if self.incoming.map is not None and not self.incoming.map.contains(folio.pfn, folio.order):
-                raise FormatError(f"{entry.name}: page {page} of {name!r}: folio {folio.pfn:#x} is not in the folio map")
+                raise FormatError(f"{entry.label}: page {page} of {name!r}: folio {folio.pfn:#x} is not in the folio map")
         self.verification.frames += len(chosen)
 
 
@@ -193,11 +244,12 @@ def verify_rest(machine: Machine, incoming: Incoming, entries: list[Entry]) -> V
     """
     result = Verification()
     union = Blocks()
-    noted = {c.name: c for c in incoming.carried}
+    noted = {c.key: c for c in incoming.carried}
     for entry in entries:
-        carried = noted.get(entry.name)
-        if carried is None or not entry.state.sound:
+        carried = noted.get(entry.key)
+        if carried is None or not entry.state.sound or entry.session < 0:
             continue
+        del noted[entry.key]
         memory = [entry.fds[carried.fds[index]] for index in carried.memory]
         areas = [entry.states[name].fd for name in carried.states if name in entry.states]
         for fd, was in zip([*memory, *areas], carried.frames, strict=True):
@@ -206,12 +258,12 @@ def verify_rest(machine: Machine, incoming: Incoming, entries: list[Entry]) -> V
                 union.add(window.pfns, window.orders)
                 digest.add(window)
             if digest.digest() != was:
-                result.problems.append(f"{entry.name}: some of its pages are in other frames than before the jump")
+                result.problems.append(f"{entry.label}: some of its pages are in other frames than before the jump")
     for fd in (incoming.tree_fd, incoming.map_fd):
         for window in windows(machine, fd) if fd >= 0 else ():
             union.add(window.pfns, window.orders)
     result.folios = union.folio_count
-    if incoming.map is not None and all(e.state.sound for e in entries):
+    if incoming.map is not None and not noted:
         missing, extra = incoming.map.difference(union)
         result.problems += [f"the folio map lacks {_said(d)}" for d in missing]
         result.problems += [f"the folio map lists {_said(d)}, which nothing has" for d in extra]

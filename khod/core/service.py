@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from khod.core.callers import Caller, Lifetime
+from khod.core.driver import StateBound
 from khod.core.state import State
 from khod.core.views import (
     ClaimView,
@@ -13,74 +16,154 @@ from khod.core.views import (
     ImageView,
     InspectionView,
     InstanceView,
+    LifecycleView,
     PlanView,
+    RegisteredView,
     StatusView,
     UpdateView,
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """What somebody asks khod to register."""
+
+    name: str
+    """Unique among the owner's."""
+    driver: str = "guestmemfd"
+    required: bool = True
+    """Whether an update fails when it cannot come along."""
+    requires: Sequence[str] = ()
+    """Names of instances of the same owner."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    lifetime: Lifetime = Lifetime.CONNECTION
+    states: Sequence[StateBound] = ()
+    """What the client itself will write when it stands still, with upper bounds (decision 9)."""
+    shareable: bool = False
+    """Whether others may register the same files as well (decision 6)."""
+
+
 class Service(Protocol):
-    """Every method raises `khod.errors.KhodError` branches only. All are safe to call while an update is under way."""
+    """Every method raises `khod.errors.KhodError` branches only. All are safe to call while an update is under way.
+
+    Rights are the API's to check, ownership is the service's: where a `caller` and an instance are named, the instance is
+    the caller's own, or the caller may administer; NotPermitted otherwise. An instance is named by its owner and its name;
+    `owner` '' means the caller, or else, for one who may administer, the only one of that name. `handle` may stand for both.
+    """
+
+    # Looking.
 
     async def status(self) -> StatusView:
         """khod in one look."""
         ...
 
-    async def register(
-        self,
-        name: str,
-        driver: str,
-        fds: Sequence[tuple[str, int]],
-        *,
-        owner: str,
-        required: bool = True,
-        requires: Sequence[str] = (),
-        options: Mapping[str, str] | None = None,
-    ) -> InstanceView:
-        """Register an instance. Touches nothing in the kernel (decision 1).
-
-        `fds` are names and machine descriptors; they are consumed, whether the call succeeds or not.
-        Raises InvalidRequest (name, driver, dependency), Refused (a state that forbids it; a descriptor that the driver
-        or the kernel cannot take, with the reason).
-        """
-        ...
-
-    async def adopt(
-        self,
-        name: str,
-        driver: str,
-        pid: int,
-        fds: Sequence[tuple[str, int]],
-        *,
-        owner: str,
-        required: bool = True,
-        requires: Sequence[str] = (),
-        options: Mapping[str, str] | None = None,
-    ) -> InstanceView:
-        """Like `register`, the descriptors (names and numbers) being taken from the process `pid`."""
-        ...
-
-    async def unregister(self, name: str) -> None:
-        """Forget an instance and close khod's descriptors of it; of one that is damaged: discard it for good."""
-        ...
-
     async def instances(self) -> Sequence[InstanceView]:
-        """All of them, by name."""
-        ...
-
-    async def load(self, kernel: str, initrd: str = "", cmdline: str | None = None) -> ImageView:
-        """Check and record the image for the next update (decision 11). `cmdline` None: the running kernel's."""
+        """All of them, by owner and name."""
         ...
 
     async def plan(self) -> PlanView:
         """What an update would do now; changes nothing."""
         ...
 
-    async def update(self, hold_at: State | None = None) -> AsyncIterator[EventView]:
+    async def history(self, limit: int = 20) -> Sequence[UpdateView]:
+        """Updates, newest first."""
+        ...
+
+    async def inspect(self) -> InspectionView:
+        """The handover tree and the folio map in force."""
+        ...
+
+    # Instances.
+
+    async def register(self, caller: Caller, asked: Registration, fds: Sequence[tuple[str, int]]) -> RegisteredView:
+        """Register an instance. Touches nothing in the kernel (decision 1).
+
+        `fds` are names and machine descriptors; they are consumed, whether the call succeeds or not.
+        Raises InvalidRequest (name, driver, dependency), Refused (a state that forbids it; a quota; a descriptor that the
+        driver or the kernel cannot take, with the reason), NotPermitted (a lifetime, or a file that could still grow).
+        """
+        ...
+
+    async def adopt(self, caller: Caller, asked: Registration, pid: int, fds: Sequence[tuple[str, int]]) -> RegisteredView:
+        """Like `register`, the descriptors (names and numbers) being taken from the process `pid`, which becomes the keeper
+        of an instance of lifetime 'process'."""
+        ...
+
+    async def register_opaque(self, caller: Caller, name: str, lifetime: Lifetime) -> RegisteredView:
+        """Register an instance whose session its client will fill by itself (decision 4)."""
+        ...
+
+    async def unregister(self, caller: Caller, name: str = "", *, owner: str = "", handle: str = "") -> None:
+        """Forget an instance and close khod's descriptors of it. Raises Refused for one that came through a jump and is not
+        claimed: that is `discard`'s."""
+        ...
+
+    async def claim(
+        self,
+        caller: Caller,
+        name: str,
+        *,
+        owner: str = "",
+        lifetime: Lifetime | None = None,
+        unverified: bool = False,
+    ) -> ClaimView:
+        """Hand an instance's descriptors out (decision 24). The first claim after a jump registers it again with the claimant's
+        `lifetime`, None for that which it had. Raises NotPermitted for `unverified` without the right to administer."""
+        ...
+
+    async def finished(self, caller: Caller, handle: str) -> None:
+        """The claimant has taken over: nothing of the jump is needed for this instance any more."""
+        ...
+
+    async def discard(self, caller: Caller, name: str, *, owner: str = "") -> None:
+        """Let go, for good, of something that came through a jump: an orphan, what is damaged, an opaque session."""
+        ...
+
+    # The life cycle, for clients.
+
+    async def subscribe(self, caller: Caller, handles: Sequence[str]) -> AsyncIterator[LifecycleView]:
+        """Everything that becomes of these instances, from now on; the caller must answer for them from now on.
+
+        Closing the iterator unsubscribes. Raises InvalidRequest for an unknown handle, Refused for one that has a subscriber.
+        """
+        ...
+
+    async def ready(
+        self, caller: Caller, update: str, phase: str, handles: Sequence[str] = (), *, quiet_for: float = 0.0
+    ) -> None:
+        """The answer to 'preparing', 'quiesce' or 'commit', for these instances; () for all of the caller's subscription.
+
+        To 'quiesce' it is a lease: it holds while the caller's connection is open, or for `quiet_for` seconds; 'commit'
+        is answered on the same lease. Raises Refused for an answer to what was not asked, or was answered.
+        """
+        ...
+
+    async def failed(self, caller: Caller, update: str, phase: str, handles: Sequence[str], reason: str) -> None:
+        """The other answer: these instances cannot come along."""
+        ...
+
+    async def states(self, caller: Caller, handle: str) -> Sequence[tuple[str, int]]:
+        """The state memfds of an instance that is asked to stand still, to be written: names and machine descriptors, owned
+        by the caller. Raises Refused at any other time."""
+        ...
+
+    async def open_session(self, caller: Caller, handle: str) -> int:
+        """A kernel session for an opaque instance, a machine descriptor owned by the caller. From 'preparing' on, once an
+        update. Raises Refused at any other time."""
+        ...
+
+    # Updates.
+
+    async def load(self, kernel: str, initrd: str = "", cmdline: str | None = None) -> ImageView:
+        """Check and record the image for the next update (decision 11). `cmdline` None: the running kernel's."""
+        ...
+
+    async def update(self, hold_at: State | None = None, *, jump: str = "") -> AsyncIterator[EventView]:
         """Start an update; yields its events until it ended or, at the jump, the machine did.
 
-        The update is khod's own: a caller who stops listening does not stop it. Raises Refused before the first event
-        when it may not start; afterwards UpdateFailed, when everything was undone.
+        `jump` is 'direct' or 'systemd' (decision 17), '' for what is configured. The update is khod's own: a caller who
+        stops listening does not stop it. Raises Refused before the first event when it may not start; afterwards
+        UpdateFailed, when everything was undone.
         """
         ...
 
@@ -92,19 +175,7 @@ class Service(Protocol):
         """Undo the update under way; returns when it is undone, with the state reached. Raises Refused when none is."""
         ...
 
-    async def claim(self, name: str, *, owner: str, unverified: bool = False) -> ClaimView:
-        """Hand an instance's descriptors out."""
-        ...
-
     async def finish(self) -> Sequence[str]:
         """End the update that brought us here: finish every session. Returns the names of what remains unclaimed and is
         registered again. Raises Refused while something is damaged, unverified or not restored."""
-        ...
-
-    async def history(self, limit: int = 20) -> Sequence[UpdateView]:
-        """Updates, newest first."""
-        ...
-
-    async def inspect(self) -> InspectionView:
-        """The handover tree and the folio map in force."""
         ...

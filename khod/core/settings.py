@@ -30,3 +30,14 @@ class Settings:
     """For reading bytes of sampled pages while everything stands still: of all instances together."""
     full: bool = False
     """Hash every byte of every instance while frozen, and compare before anything is handed out."""
+    jump: str = "direct"
+    """Who jumps: khod itself, or, 'systemd', PID 1 (decision 17)."""
+    orphans_after: float = 3600.0
+    """Seconds after which what came through a jump and nobody claimed is reported."""
+    reconnect: float = 60.0
+    """Seconds that clients have to come back to a khod that was started anew, until what hangs on their connection is let
+    go of."""
+    quota_instances: int = 4000
+    quota_descriptors: int = 65536
+    quota_bytes: int = 0
+    """What one owner may have registered; 0: no limit."""

@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from khod.core import ledger
 from khod.core.blocking import blocking
+from khod.core.book import Book
 from khod.core.driver import Drivers
 from khod.core.history import spans_of
 from khod.core.incoming import Incoming, from_journal, open_incoming, read_map, read_tree
+from khod.core.instances import new_handle, revive, take_up
 from khod.core.journal import Journal, Record
 from khod.core.ledger import Ledger
 from khod.core.ports import Boot, Machine
-from khod.core.registry import Entry
-from khod.core.restore import Restorer, verify_rest
+from khod.core.registry import Entry, Key
+from khod.core.restore import Restorer, Verification, verify_rest
 from khod.core.settings import Settings
 from khod.core.state import State
 from khod.errors import DeviceBroken, DeviceMissing, KhodError, MachineError, Refused, SessionUnknown
@@ -26,8 +30,11 @@ logger = logging.getLogger(__name__)
 class Startup:
     """One start. After `run`, its attributes are the host's."""
 
-    def __init__(self, machine: Machine, settings: Settings, drivers: Drivers, journal: Journal, boot: Boot) -> None:
+    def __init__(
+        self, machine: Machine, settings: Settings, drivers: Drivers, journal: Journal, boot: Boot, book: Book
+    ) -> None:
         self.machine, self.settings, self.drivers, self.journal, self.boot = machine, settings, drivers, journal, boot
+        self.book = book
         self.started = machine.clock.stamp()
         self.last = journal.last_state()
         self.update = self.last.update if self.last else ""
@@ -35,12 +42,17 @@ class Startup:
         self.entries: list[Entry] = []
         self.problems: list[str] = []
         self.ledger = Ledger()
+        self._verification: Verification | None = None
 
     async def run(self) -> State:
-        """Returns the state that khod is in from now on. Raises MachineError when that cannot be known now."""
+        """Returns the state that khod is in from now on. Raises MachineError when that cannot be known now, CustodianGone
+        when nobody answers for what is in custody."""
+        await blocking(self.book.open)
         state = await self._run()
         if self.incoming is None:
             self.problems += await blocking(self.drivers.load)
+            self.entries = await self._revived({})
+            await self._thaw(state)
         return state
 
     async def _run(self) -> State:
@@ -58,6 +70,32 @@ class Startup:
             logger.exception("the live-update device cannot be used")
             return self._settle(State.IDLE)
         return await self._restore(self.incoming)
+
+    async def _revived(self, there: Mapping[Key, Entry]) -> list[Entry]:
+        """The instances of which the book says that their descriptors are in custody, but for those that are `there`."""
+        found = []
+        for page in self.book.contents.pages.values():
+            if page.key in there or page.session:
+                continue
+            try:
+                found.append(await revive(self.machine, self.drivers, page))
+            except KhodError as error:
+                logger.exception("instance %s", page.name)
+                self.problems.append(f"{page.name} of {page.owner} is in custody and cannot be taken up again: {error}")
+        return found
+
+    async def _thaw(self, state: State) -> None:
+        """Have drivers undo what a predecessor that ended in the middle of an update had them do."""
+        if not self._half_way or state is not State.ABORTED:
+            return
+        for entry in self.entries:
+            if entry.driver is None:
+                continue
+            try:
+                async with asyncio.timeout(self.settings.freezing):
+                    await entry.driver.thaw(entry.view(self.machine))
+            except (KhodError, TimeoutError) as error:
+                self.problems.append(f"{entry.label}: its driver could not thaw it: {str(error) or 'no end in time'}")
 
     @property
     def _same_boot(self) -> bool:
@@ -80,6 +118,7 @@ class Startup:
         """Decision 14: a predecessor in this boot got part of the way. Its sessions were closed when it ended; the image is
         still loaded. Never on towards the jump: its clients may have resumed when the connection broke."""
         assert self.last is not None
+        await blocking(self.machine.custody.withdraw)
         await blocking(self.machine.kexec.unload)
         reason = f"khod ended while {self.last.state}, and undid what was left at its next start"
         return self._settle(State.ABORTED, reason=reason)
@@ -90,6 +129,8 @@ class Startup:
         if self._jumped:
             self.problems.append(f"update {self.update} jumped and nothing came across")
             return self._settle(State.LOST, reason="the jump happened and nothing came across")
+        if self._same_boot and self.last and self.last.state is State.FINISHING and self.book.contents.accepted:
+            return self._settle(State.IDLE)  # all was over but for the last word of it
         if self._same_boot and self.last and self.last.state in (State.RESTORING, State.RESTORED, State.FINISHING):
             self.problems.append("khod ended before the update was finished: what nobody had claimed is gone")
             return self._settle(State.LOST, reason="khod ended before the update was finished")
@@ -113,40 +154,71 @@ class Startup:
 
     async def _restore(self, incoming: Incoming) -> State:
         self.problems += await blocking(self.drivers.load)
+        others = {entry.key: entry for entry in await self._revived({})}
         await blocking(read_tree, self.machine, incoming)
-        await blocking(read_map, self.machine, incoming, self.settings.max_order)
+        again = bool(incoming.update) and self.book.contents.accepted == incoming.update
+        if not again:
+            await blocking(read_map, self.machine, incoming, self.settings.max_order)
         self.update = incoming.update or self.update
         if self.last is not None and self.last.update != self.update and incoming.update:
             logger.warning("the journal speaks of update %s, the tree of %s: the tree wins", self.last.update, self.update)
-        self._note(State.RESTORING, release=self.boot.release, count=self.boot.kexec_count)
-        restorer = Restorer(self.machine, self.settings, self.drivers, incoming)
-        restorer.on_instance = lambda entry: logger.info("restored: %s: %s", entry.name, entry.state)
+        if not again:
+            self._note(State.RESTORING, release=self.boot.release, count=self.boot.kexec_count)
+        restorer = Restorer(self.machine, self.settings, self.drivers, incoming, self.book)
+        restorer.on_instance = lambda entry: logger.info("restored: %s: %s", entry.label, entry.state)
+        restored: list[Entry] = []
         if not incoming.verdict:
             try:
-                self.entries = await restorer.restore()
+                restored = await restorer.restore(others)
             except Refused as error:
                 incoming.verdict = f"the handover tree is not what was written: {error}"
         if incoming.verdict:
-            return await self._take_custody(restorer, incoming)
-        self._reckon(incoming)
+            return await self._take_custody(restorer, incoming, others)
+        self.entries = [*others.values(), *restored]
         self.problems += restorer.verification.problems
+        for entry in restored:
+            await self._take_up(entry)
+        if again:
+            return self._restored_again(restorer.verification)
+        await blocking(self.book.note_accepted, self.update)
+        self._reckon(incoming)
         self._note(
             State.RESTORED,
             spans=self.ledger.record(),
             checked=restorer.verification.sentence(),
             problems=restorer.verification.problems,
-            instances=[e.name for e in self.entries],
+            instances=[e.label for e in self.entries],
         )
         self._verification = restorer.verification
         return State.RESTORED
 
-    async def _take_custody(self, restorer: Restorer, incoming: Incoming) -> State:
+    def _restored_again(self, verification: Verification) -> State:
+        """What came through was accepted earlier in this boot, and taken up again by a khod that was started anew."""
+        assert self.last is not None
+        if self.last.state is not State.RESTORED:
+            self._note(State.RESTORED, problems=verification.problems)
+        return State.RESTORED
+
+    async def _take_up(self, entry: Entry) -> None:
+        """What the book says of an instance that was restored once more; note one that was restored for the first time."""
+        page = self.book.contents.pages.get(entry.key)
+        if page is not None:
+            take_up(entry, page)
+        else:
+            entry.handle = new_handle()
+            entry.since = self.machine.clock.stamp().realtime
+        await blocking(self.book.put, entry)
+
+    async def _take_custody(self, restorer: Restorer, incoming: Incoming, others: Mapping[Key, Entry]) -> State:
         """Decision 23: a verdict on khod's bookkeeping. Take what the tree names, or else the journal, and stop."""
         logger.error("restoring nothing by itself: %s", incoming.verdict)
         named = incoming.carried or from_journal(self._executing())
-        self.entries = await restorer.take_custody(named)
+        taken = await restorer.take_custody(named)
+        for entry in taken:
+            await self._take_up(entry)
+        self.entries = [*others.values(), *taken]
         self.problems.append(f"nothing was restored: {incoming.verdict}")
-        self._note(State.FAILED, reason=incoming.verdict, instances=[e.name for e in self.entries])
+        self._note(State.FAILED, reason=incoming.verdict, instances=[e.label for e in self.entries])
         return State.FAILED
 
     def _executing(self) -> Record | None:
@@ -171,8 +243,11 @@ class Startup:
         self.ledger.add(State.RESTORING, restoring)
 
     async def verify(self, problems: list[str]) -> None:
-        """The rest of the verification, beside the workload; what differs is added to `problems`."""
+        """The rest of the verification, beside the workload; what differs is added to `problems`. Only a first restore has
+        one: frames may move any time after it."""
         assert self.incoming is not None
+        if self._verification is None:
+            return
         try:
             rest = await blocking(verify_rest, self.machine, self.incoming, list(self.entries))
         except KhodError as error:

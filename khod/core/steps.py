@@ -14,11 +14,11 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
 
 from khod.core.blocking import blocking, opening
-from khod.core.clients import Client, Lease
 from khod.core.node import SESSION
-from khod.core.registry import Entry, InstanceState, order
+from khod.core.question import Phase
+from khod.core.registry import Entry, Grade, InstanceState, order
 from khod.core.state import State
-from khod.errors import DeadlinePassed, KhodError, Refused
+from khod.errors import DeadlinePassed, KhodError, Refused, UpdateFailed
 
 if TYPE_CHECKING:
     from khod.core.update import Update
@@ -58,13 +58,17 @@ class Announce(Step):
     name, phase = "announce", State.PREPARING
 
     def describe(self) -> str:
-        return f"tell {len(self.update.clients)} clients that memory is about to be preserved"
+        return f"tell the clients of {_attended(self.update)} instances that memory is about to be preserved"
 
     async def apply(self) -> None:
-        await self.update.ask_clients("preparing", self.update.settings.preparing, lambda c: c.preparing(self.update.id))
+        await self.update.ask_clients(Phase.PREPARING, self.update.settings.preparing)
 
     async def undo(self) -> None:
-        await self.update.tell_clients("resume", lambda c: c.resume(self.update.id))
+        update = self.update
+        for entry in update.all_entries:
+            if entry.grade is Grade.OPAQUE:  # its client may have asked for its session before any other was made
+                await blocking(entry.close_session, update.machine)
+        update.broker.aborted(update.id, update.reason)
 
 
 class OpenSessions(Step):
@@ -77,15 +81,10 @@ class OpenSessions(Step):
 
     async def apply(self) -> None:
         update = self.update
-        for number, entry in enumerate(update.against_order(), 1):
-            name = update.outgoing.session_name(number)
-            entry.session = await self._create(name)
-            entry.session_name = name
-        update.outgoing.session = await self._create(SESSION)
-
-    async def _create(self, name: str) -> int:
-        machine = self.update.machine
-        return await opening(machine.files.close, machine.liveupdate.create_session, name)
+        for entry in update.against_order():
+            if entry.grade is Grade.REGISTERED:
+                await blocking(update.outgoing.create_session, entry)
+        update.outgoing.session = await opening(update.machine.files.close, update.machine.liveupdate.create_session, SESSION)
 
     async def undo(self) -> None:
         update = self.update
@@ -93,7 +92,7 @@ class OpenSessions(Step):
             if entry.session >= 0:
                 await blocking(entry.close_session, update.machine)
             if entry.state in (InstanceState.PRESERVED, InstanceState.FROZEN):
-                entry.state = update.state_before[entry.name]
+                entry.state = update.state_before[entry]
             entry.properties = dict(entry.declaration.properties)
         await blocking(update.outgoing.close)
 
@@ -104,8 +103,7 @@ class PreserveInstances(Step):
     name, phase = "preserve", State.PREPARING
 
     def describe(self) -> str:
-        names = ", ".join(e.name for e in self.update.entries) or "none"
-        return f"preserve {len(self.update.entries)} instances and learn their frames: {names}"
+        return f"preserve {len(self.update.entries)} instances and learn their frames: {_names(self.update.entries) or 'none'}"
 
     async def apply(self) -> None:
         generations = order(self.update.entries)
@@ -113,8 +111,14 @@ class PreserveInstances(Step):
 
     async def _one(self, entry: Entry) -> None:
         update = self.update
+        if entry.grade is Grade.OPAQUE:
+            if entry.session < 0:
+                raise UpdateFailed(f"{entry.label}: its client asked for no session")
+            update.outgoing.note_opaque(entry)
+            entry.state = InstanceState.PRESERVED
+            return
         assert entry.driver is not None
-        update.to_thaw[entry.name] = entry
+        update.to_thaw.add(entry)
         await entry.driver.prepare(entry.view(update.machine))
         await blocking(update.outgoing.create_states, entry)
         await blocking(update.outgoing.preserve, entry)
@@ -185,13 +189,10 @@ class Quiesce(Step):
     name, phase = "quiesce", State.FREEZING
 
     def describe(self) -> str:
-        return f"have {len(self.update.clients)} clients stand still"
+        return f"have the clients of {_attended(self.update)} instances stand still"
 
     async def apply(self) -> None:
-        async def one(client: Client) -> None:
-            self.update.leases[client] = await client.quiesce(self.update.id)
-
-        await self.update.ask_clients("quiesce", self.update.settings.freezing, one)
+        await self.update.ask_clients(Phase.QUIESCE, self.update.settings.freezing)
 
 
 class FreezeInstances(Step):
@@ -207,8 +208,8 @@ class FreezeInstances(Step):
         await each(self.update, generations, self._one, self.update.settings.freezing)
 
     async def _one(self, entry: Entry) -> None:
-        assert entry.driver is not None
-        entry.properties.update(await entry.driver.freeze(entry.view(self.update.machine)))
+        if entry.driver is not None:
+            entry.properties.update(await entry.driver.freeze(entry.view(self.update.machine)))
         entry.state = InstanceState.FROZEN
 
 
@@ -256,9 +257,7 @@ class Commit(Step):
 
     async def apply(self) -> None:
         update = self.update
-        await update.ask_clients(
-            "commit", update.settings.freezing, lambda c: _commit(c, update.id, update.leases[c]), may_leave=False
-        )
+        await update.ask_clients(Phase.COMMIT, update.settings.freezing, may_leave=False)
         if not await blocking(update.machine.kexec.loaded):
             raise Refused("the loaded kernel image is gone", hint="somebody else unloaded it; start the update again")
 
@@ -274,7 +273,7 @@ class Execute(Step):
     async def apply(self) -> None:
         update = self.update
         update.journal_executing()
-        await update.tell_clients("executing", lambda c: c.executing(update.id))
+        await update.broker.executing(update.id, update.entries, update.settings.freezing)
         await blocking(update.outgoing.write_stamp)
         # Shielded by nature: it returns only by failing, and then everything is undone like after any other failure.
         await blocking(update.machine.kexec.execute)
@@ -296,12 +295,8 @@ STEPS: tuple[type[Step], ...] = (
 )
 
 
-async def _commit(client: Client, update: str, lease: Lease) -> None:
-    if not lease.valid:
-        raise DeadlinePassed(f"client {client.name}: the connection on which it said READY is gone")
-    await client.commit(update, lease)
-    if not lease.valid:
-        raise DeadlinePassed(f"client {client.name}: went away while it was asked to commit")
+def _attended(update: Update) -> int:
+    return sum(e.attended for e in update.entries)
 
 
 async def each(
@@ -312,7 +307,7 @@ async def each(
     A failure is the instance's own: `Update.instance_failed` decides whether it is the update's too.
     """
     for generation in generations:
-        present = [e for e in generation if e.name not in update.left_behind]
+        present = [e for e in generation if e not in update.left_behind]
         failures = await asyncio.gather(*(_bounded(update, e, work, limit) for e in present))
         for entry, failure in zip(present, failures, strict=True):
             if failure is not None:
@@ -325,7 +320,7 @@ async def _bounded(update: Update, entry: Entry, work: Callable[[Entry], Awaitab
         async with asyncio.timeout(limit):
             await work(entry)
     except TimeoutError:
-        return DeadlinePassed(f"instance {entry.name}: no end within {limit:g} s")
+        return DeadlinePassed(f"instance {entry.label}: no end within {limit:g} s")
     except KhodError as error:
         return error
     update.instance_done(entry, started)
@@ -333,4 +328,4 @@ async def _bounded(update: Update, entry: Entry, work: Callable[[Entry], Awaitab
 
 
 def _names(entries: Iterable[Entry]) -> str:
-    return ", ".join(e.name for e in entries)
+    return ", ".join(e.label for e in entries)

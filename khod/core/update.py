@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from khod.core.blocking import blocking
-from khod.core.clients import Client, Lease
+from khod.core.broker import Broker
 from khod.core.events import Broadcast
 from khod.core.journal import Journal
 from khod.core.ledger import Ledger
 from khod.core.outgoing import Outgoing
 from khod.core.ports import Boot, Image, Machine, Stamp
+from khod.core.question import Phase
 from khod.core.registry import Entry, dependents, order
 from khod.core.settings import Settings
 from khod.core.state import TRANSITIONS, State
@@ -49,23 +50,24 @@ class Update:
         journal: Journal,
         events: Broadcast,
         entries: Sequence[Entry],
-        clients: Sequence[Client],
+        broker: Broker,
         image: Image | None,
         hold_at: State | None = None,
+        jump: str = "direct",
     ) -> None:
         self.id, self.machine, self.settings, self.boot = ident, machine, settings, boot
-        self.image, self.hold_at = image, hold_at
+        self.broker = broker
+        self.image, self.hold_at, self.jump = image, hold_at, jump
         self.state = State.IDLE
         self.held = False
         self.all_entries = [e for generation in order(entries) for e in generation]
         """In dependency order, with those that are left behind."""
-        self.state_before = {e.name: e.state for e in entries}
-        self.clients = list(clients)
-        self.leases: dict[Client, Lease] = {}
-        self.to_thaw: dict[str, Entry] = {}
+        self.state_before = {e: e.state for e in entries}
+        self.to_thaw: set[Entry] = set()
         """Whose driver was told to prepare and not yet to thaw."""
-        self.left_behind: dict[str, str] = {}
-        """Optional instances that do not come along, and why."""
+        self.left_behind: dict[Entry, str] = {}
+        """Instances that do not come along, and why: optional ones, and those that ended meanwhile."""
+        self._ended: list[Entry] = []
         self.outgoing = Outgoing(machine, settings, ident, boot.boot_id)
         self.ledger = Ledger()
         self.problems: list[str] = []
@@ -81,7 +83,7 @@ class Update:
     @property
     def entries(self) -> list[Entry]:
         """In dependency order, without those that are left behind."""
-        return [e for e in self.all_entries if e.name not in self.left_behind]
+        return [e for e in self.all_entries if e not in self.left_behind]
 
     def against_order(self) -> list[Entry]:
         """The order of freezing: those that require others first (decision 12)."""
@@ -181,6 +183,7 @@ class Update:
             raise DeadlinePassed(f"step {step.name!r}: no end within {step.limit:g} s") from None
         seconds = _seconds(started, self.machine.clock.stamp())
         self.say("step", step.describe(), seconds=seconds, fraction=fraction)
+        await self._leave_ended_behind()
 
     def journal_executing(self) -> None:
         """The intent, durable before the syscall, with what a successor needs that finds no usable tree (decisions 16, 23)."""
@@ -197,7 +200,7 @@ class Update:
             release=self.boot.release,
             spans=self.ledger.record(),
             frozen_at=self._frozen_at.monotonic,
-            left_behind=self.left_behind,
+            left_behind=self._left_behind_record(),
         )
         self.say("state", State.EXECUTING)
 
@@ -233,25 +236,28 @@ class Update:
             "reason": self.reason,
             "problems": self.problems,
             "spans": self.ledger.record(),
-            "left_behind": self.left_behind,
-            "instances": [e.name for e in self.entries],
+            "left_behind": self._left_behind_record(),
+            "instances": [e.label for e in self.entries],
             "release": self.boot.release,
         }
+
+    def _left_behind_record(self) -> dict[str, str]:
+        return {entry.label: reason for entry, reason in self.left_behind.items()}
 
     async def thaw(self, entries: Iterable[Entry]) -> None:
         """Let drivers undo prepare and freeze, in dependency order; one that fails keeps nobody else frozen."""
         for entry in entries:
-            if entry.name not in self.to_thaw:
+            if entry not in self.to_thaw:
                 continue
             assert entry.driver is not None
             try:
                 async with asyncio.timeout(self.settings.freezing):
                     await entry.driver.thaw(entry.view(self.machine))
-                del self.to_thaw[entry.name]
+                self.to_thaw.discard(entry)
             except TimeoutError:
-                self.problem(f"instance {entry.name}: its driver did not thaw it within {self.settings.freezing:g} s")
+                self.problem(f"instance {entry.label}: its driver did not thaw it within {self.settings.freezing:g} s")
             except KhodError as error:
-                self.problem(f"instance {entry.name}: its driver could not thaw it: {error}")
+                self.problem(f"instance {entry.label}: its driver could not thaw it: {error}")
 
     # Instances and clients
 
@@ -260,49 +266,54 @@ class Update:
         is left behind with all that depend on it. Raises UpdateFailed."""
         leaving = [entry, *dependents(entry, self.entries)]
         if required := [e for e in leaving if e.required]:
-            by = "" if required[0] is entry else f", which {required[0].name} requires"
-            raise UpdateFailed(f"instance {entry.name}{by}: {error.message}", hint=error.hint)
+            by = "" if required[0] is entry else f", which {required[0].label} requires"
+            raise UpdateFailed(f"instance {entry.label}{by}: {error.message}", hint=error.hint)
         for e in leaving:
-            if e.name not in self.left_behind:
-                await self._leave_behind(e, error.message if e is entry else f"requires {entry.name}, which stays behind")
+            if e not in self.left_behind:
+                await self._leave_behind(e, error.message if e is entry else f"requires {entry.label}, which stays behind")
 
     async def _leave_behind(self, entry: Entry, reason: str) -> None:
-        self.left_behind[entry.name] = reason
-        self.say("problem", f"left behind: {entry.name}: {reason}", instance=entry.name)
+        self.left_behind[entry] = reason
+        self.say("problem", f"left behind: {entry.label}: {reason}", instance=entry.label)
         await self.thaw([entry])
         await blocking(self.outgoing.forget, entry)
         await blocking(entry.close_session, self.machine)
-        entry.state = self.state_before[entry.name]
+        entry.state = self.state_before[entry]
+        self.broker.aborted(self.id, reason, [entry])
+
+    def instance_ended(self, entry: Entry) -> None:
+        """Its lifetime is over (decision 5): before everything stands frozen it stays behind, required or not; what requires
+        it does not get away with that. Afterwards nothing changes any more."""
+        if self.state in (State.PREPARING, State.PREPARED, State.FREEZING):
+            self._ended.append(entry)
+
+    async def _leave_ended_behind(self) -> None:
+        while self._ended:
+            entry = self._ended.pop()
+            if entry in self.left_behind:
+                continue
+            await self._leave_behind(entry, "its lifetime is over")
+            for other in dependents(entry, self.entries):
+                if other not in self.left_behind:
+                    await self.instance_failed(other, UpdateFailed(f"requires {entry.label}, which ended meanwhile"))
 
     def instance_done(self, entry: Entry, started: Stamp) -> None:
         """An instance's share of the phase that is under way."""
         seconds = _seconds(started, self.machine.clock.stamp())
-        self.ledger.add(self.state, seconds, instance=entry.name)
-        self.say("instance", f"{self.state}: {entry.name}", instance=entry.name, seconds=seconds)
+        self.ledger.add(self.state, seconds, instance=entry.label)
+        self.say("instance", f"{self.state}: {entry.label}", instance=entry.label, seconds=seconds)
 
-    async def ask_clients(
-        self, what: str, limit: float, ask: Callable[[Client], Awaitable[None]], *, may_leave: bool = True
-    ) -> None:
-        """Ask every client that speaks for something in this update, all at once. One that fails, or does not answer within
-        `limit` seconds, fails its instances; with `may_leave` False, the update."""
-        present = [c for c in self.clients if not all(name in self.left_behind for name in c.instances) or not c.instances]
-        failures = await asyncio.gather(*(_asked(c, what, ask, limit) for c in present))
-        for client, failure in zip(present, failures, strict=True):
-            if failure is None:
+    async def ask_clients(self, phase: Phase, limit: float, *, may_leave: bool = True) -> None:
+        """Ask the clients of all instances in this update. An instance whose client says no, or does not answer within `limit`
+        seconds, fails; with `may_leave` False, the update does."""
+        failures = await self.broker.ask(phase, self.id, self.entries, limit)
+        for entry in self.entries:
+            failure = failures.get(entry.handle)
+            if failure is None or entry in self.left_behind:
                 continue
-            spoken_for = [e for e in self.entries if e.name in client.instances]
-            if not may_leave or not spoken_for:
-                raise UpdateFailed(failure.message, hint=failure.hint)
-            for entry in spoken_for:
-                if entry.name not in self.left_behind:
-                    await self.instance_failed(entry, failure)
-
-    async def tell_clients(self, what: str, tell: Callable[[Client], Awaitable[None]]) -> None:
-        """Tell every client; whether one hears it changes nothing but the report."""
-        failures = await asyncio.gather(*(_asked(c, what, tell, self.settings.freezing) for c in self.clients))
-        for failure in failures:
-            if failure is not None:
-                self.say("problem", failure.message)
+            if not may_leave:
+                raise UpdateFailed(f"instance {entry.label}: {failure.message}", hint=failure.hint)
+            await self.instance_failed(entry, failure)
 
     # Telling
 
@@ -328,20 +339,6 @@ class Update:
                 fraction=fraction,
             )
         )
-
-
-async def _asked(client: Client, what: str, ask: Callable[[Client], Awaitable[None]], limit: float) -> KhodError | None:
-    try:
-        async with asyncio.timeout(limit):
-            await ask(client)
-    except TimeoutError:
-        return DeadlinePassed(f"client {client.name}: no answer to {what} within {limit:g} s")
-    except KhodError as error:
-        return error
-    except Exception as error:
-        logger.exception("client %s: %s", client.name, what)
-        return KhodError(f"client {client.name}: {what}: {type(error).__name__}: {error}")
-    return None
 
 
 def _seconds(start: Stamp, end: Stamp) -> float:

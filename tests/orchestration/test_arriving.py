@@ -16,7 +16,7 @@ from khod.errors import DeviceBusy, MachineError, Refused
 from khod.simulated import ProcessDied, Release, machine
 from khod.simulated.image import build
 from khod.simulated.kernel import Kernel
-from tests.orchestration.world import MIB, Recorder, World
+from tests.orchestration.world import ME, MIB, Recorder, World
 
 
 async def jumped(world: World, hold: State | None = None) -> None:
@@ -31,7 +31,7 @@ def test_a_fresh_machine_is_idle(world: World) -> None:
         host = await world.khod()
         assert str(host.state) == "idle"
         assert not host.problems
-        assert (await host.claim("vm-1", owner="uid:0")).answer == "cold"
+        assert (await host.claim(ME, "vm-1")).answer == "cold"
 
     asyncio.run(scenario())
 
@@ -47,7 +47,7 @@ def test_a_cold_boot_after_an_update_that_meant_to_jump_is_lost(world: World) ->
         world.boot()
         host = await world.khod()
         assert host.state is State.LOST
-        assert (await host.claim("vm-1", owner="uid:0")).answer == "cold"
+        assert (await host.claim(ME, "vm-1")).answer == "cold"
         (update,) = await host.history()
         assert update.outcome == "lost"
         await world.register("vm-1", world.memory())
@@ -67,7 +67,7 @@ def test_a_kernel_without_the_device_leaves_memory_unreachable(world: World, cmd
         world.boot()
         host = await world.khod()
         assert host.state is State.UNREACHABLE
-        assert (await host.claim("vm-1", owner="uid:0")).answer == "hold", "its memory exists: no second life"
+        assert (await host.claim(ME, "vm-1")).answer == "hold", "its memory exists: no second life"
         assert "cannot be reached" in (await host.status()).problems[0]
 
     asyncio.run(scenario())
@@ -123,10 +123,10 @@ def test_what_is_not_finished_is_finished_before_the_next_update(world: World) -
         await world.khod()
         await world.register("vm-1", world.memory())
         host = await world.jump()
-        assert host.registry.get("vm-1").session >= 0
+        assert world.entry("vm-1").session >= 0
         host = await world.jump()
         assert host.state is State.RESTORED
-        answer = await host.claim("vm-1", owner="uid:0")
+        answer = await host.claim(ME, "vm-1")
         process, fd = world.received(answer.fds[0])
         assert world.intact(fd, process=process)
 
@@ -157,11 +157,11 @@ def test_corrupt_bookkeeping_stops_the_restore_and_loses_nothing(world: World, w
         host = await world.khod()
         assert host.state is State.FAILED
         assert "not what was written" in (await host.status()).problems[0]
-        answer = await host.claim("vm-1", owner="uid:0")
+        answer = await host.claim(ME, "vm-1")
         assert answer.answer == "hold"
         with pytest.raises(Refused, match="vm-1"):
             await host.finish()
-        answer = await host.claim("vm-1", owner="uid:0", unverified=True)
+        answer = await host.claim(ME, "vm-1", unverified=True)
         process, fd = world.received(answer.fds[0])
         assert world.intact(fd, process=process)
         records, _ = decode(host.machine.store.read())
@@ -188,12 +188,14 @@ def test_bytes_that_changed_on_the_way_damage_that_instance_alone(world: World) 
         assert host.state is State.RESTORED
         states = {v.name: v.state for v in await host.instances()}
         assert states == {"vm-1": "damaged", "vm-2": "restored"}
-        assert "bytes differ" in host.registry.get("vm-1").problem
-        assert (await host.claim("vm-1", owner="uid:0")).answer == "hold"
-        assert (await host.claim("vm-2", owner="uid:0")).answer == "fds"
+        assert "bytes differ" in world.entry("vm-1").problem
+        assert (await host.claim(ME, "vm-1")).answer == "hold"
+        assert (await host.claim(ME, "vm-2")).answer == "fds"
         with pytest.raises(Refused, match="vm-1 is damaged"):
             await world.update()
-        await host.unregister("vm-1")
+        with pytest.raises(Refused, match="discard"):
+            await host.unregister(ME, "vm-1")
+        await host.discard(ME, "vm-1")
         assert (await world.jump()).state is State.RESTORED
 
     asyncio.run(scenario())
@@ -224,9 +226,9 @@ def test_what_was_listed_and_never_preserved_is_damaged(world: World) -> None:
         object.__setattr__(host.machine, "liveupdate", Forgetful(host.machine))
         await world.register("vm-1", world.memory(fill=b"forgotten"))
         host = await world.jump()
-        assert host.registry.get("vm-1").state == "damaged"
+        assert world.entry("vm-1").state == "damaged"
         assert not world.contains(b"forgotten")
-        assert (await host.claim("vm-1", owner="uid:0", unverified=True)).answer == "hold"
+        assert (await host.claim(ME, "vm-1", unverified=True)).answer == "hold"
 
     asyncio.run(scenario())
 
@@ -254,8 +256,8 @@ def test_an_instance_that_no_plugin_knows_is_quarantined_alone(world: World) -> 
         world.plugins = []
         host = await world.jump()
         assert {v.name: v.state for v in await host.instances()} == {"vm-1": "restored", "odd": "quarantined"}
-        assert (await host.claim("odd", owner="uid:0")).answer == "hold"
-        assert (await host.claim("odd", owner="uid:0", unverified=True)).answer == "fds"
+        assert (await host.claim(ME, "odd")).answer == "hold"
+        assert (await host.claim(ME, "odd", unverified=True)).answer == "fds"
 
     asyncio.run(scenario())
 
@@ -285,25 +287,25 @@ def test_a_journal_torn_by_the_jump_is_read_up_to_the_tear(world: World, torn: s
             await world.update()
         host = await world.khod()
         assert host.state is State.ABORTED
-        await world.register("vm-1", world.memory())
         assert (await world.jump()).state is State.RESTORED
 
     asyncio.run(scenario())
 
 
-def test_khod_does_not_exit_while_it_alone_holds_memory(world: World) -> None:
-    """Decision 25."""
+def test_khod_may_end_while_memory_is_unclaimed_for_it_is_in_custody(world: World) -> None:
+    """Decisions 18 and 25: the custodian is who must not end then."""
 
     async def scenario() -> None:
-        host = await world.khod()
+        await world.khod()
         await world.register("vm-1", world.memory())
-        assert not host.keeps_from_exit()
         host = await world.jump()
-        assert "vm-1" in host.keeps_from_exit()
-        await host.finish()
-        assert "vm-1" in host.keeps_from_exit(), "finished, and still nobody else has it"
-        await host.claim("vm-1", owner="uid:0")
         assert not host.keeps_from_exit()
+        await host.close()
+        world.process.exit()
+        host = await world.khod()
+        assert host.state is State.RESTORED
+        process, fd = await world.claimed("vm-1")
+        assert world.intact(fd, process=process)
 
     asyncio.run(scenario())
 
@@ -355,7 +357,7 @@ def test_a_whole_comparison_on_request(tmp_path: Path) -> None:
         await asyncio.wait([task])
         world.boot()
         host = await world.khod()
-        assert host.registry.get("vm-1").state == "damaged"
+        assert world.entry("vm-1").state == "damaged"
 
     asyncio.run(scenario())
 
@@ -378,7 +380,7 @@ def test_a_khod_that_may_end_lets_go_of_everything(world: World, finished: bool)
         await world.khod()
         await world.register("vm-1", world.memory())
         host = await world.jump()
-        answer = await host.claim("vm-1", owner="uid:0")
+        answer = await host.claim(ME, "vm-1")
         process, fd = world.received(answer.fds[0])
         host.machine.files.close(answer.fds[0])
         if finished:
@@ -401,7 +403,7 @@ def test_a_disk_that_takes_no_record_costs_nobody_his_memory(world: World) -> No
         await host.verified()
         assert any("journal" in text for text in host.problems)
         world.kernel.faults.clear()
-        assert (await host.claim("vm-1", owner="uid:0")).answer == "fds"
+        assert (await host.claim(ME, "vm-1")).answer == "fds"
 
     asyncio.run(scenario())
 
@@ -435,7 +437,7 @@ def test_a_bug_in_khods_own_reading_ends_nobodys_memory(world: World, monkeypatc
         monkeypatch.setattr("khod.core.incoming.validate", defect)
         host = await world.khod()
         assert host.state is State.FAILED
-        answer = await host.claim("vm-1", owner="uid:0", unverified=True)
+        answer = await host.claim(ME, "vm-1", unverified=True)
         process, fd = world.received(answer.fds[0])
         assert world.intact(fd, process=process)
 

@@ -7,19 +7,11 @@ import asyncio
 
 from khod.core.driver import StateBound
 from khod.core.state import State
-from khod.simulated import Process
 from tests.orchestration.world import MIB, Guest, Recorder, World
 
 
 def run(coroutine: object) -> None:
     asyncio.run(coroutine)  # type: ignore[arg-type]
-
-
-async def claimed(world: World, name: str, **kwargs: bool) -> tuple[Process, int]:
-    """Claim it; returns a process and the descriptor there."""
-    answer = await world.host.claim(name, owner="uid:0", **kwargs)
-    assert answer.answer == "fds", answer
-    return world.received(answer.fds[0])
 
 
 def test_memory_comes_through_with_the_same_bytes_in_the_same_frames(world: World) -> None:
@@ -43,7 +35,7 @@ def test_memory_comes_through_with_the_same_bytes_in_the_same_frames(world: Worl
         assert world.contains(b"nobody")
         host = await world.jump()
         assert host.state is State.RESTORED
-        process, fd = await claimed(world, "vm-1")
+        process, fd = await world.claimed("vm-1")
         assert world.intact(fd, process=process)
         assert frames() == frames_before
         assert not world.contains(b"nobody"), "memory that nobody preserved must be destroyed"
@@ -57,15 +49,15 @@ def test_two_updates_in_a_row_without_registering_again(world: World) -> None:
         await world.register("vm-1", world.memory(fill=b"one"))
         await world.register("vm-2", world.memory(fill=b"two"))
         host = await world.jump()
-        process, fd = await claimed(world, "vm-1")
+        process, fd = await world.claimed("vm-1")
         process.write(fd, 0, b"changed in the second kernel")
         host = await world.jump()
         assert host.state is State.RESTORED
         assert host.boot.kexec_count == 2
         assert sorted(v.name for v in await host.instances()) == ["vm-1", "vm-2"]
-        process, fd = await claimed(world, "vm-1")
+        process, fd = await world.claimed("vm-1")
         assert process.read(fd, 0, 28) == b"changed in the second kernel"
-        process, fd = await claimed(world, "vm-2")
+        process, fd = await world.claimed("vm-2")
         assert world.intact(fd, fill=b"two", process=process)
         await host.verified()
         assert not host.problems
@@ -100,12 +92,12 @@ def test_directions_of_dependency_and_what_may_go_at_once(world: World) -> None:
 def test_clients_are_asked_in_order_and_told_before_the_jump(world: World) -> None:
     async def scenario() -> None:
         await world.khod()
-        guest = Guest("vmm", ("vm-1",))
-        world.host.attach(guest)
+        guest = Guest("vm-1")
         await world.register("vm-1", world.memory())
+        await guest.attend(world.host)
         host = await world.jump()
         assert host.state is State.RESTORED
-        assert guest.log == ["preparing", "quiesce", "commit", "executing"]
+        assert guest.log == ["subscribed", "preparing", "quiesce", "commit", "executing"]
 
     run(scenario())
 
@@ -145,7 +137,7 @@ def test_one_session_per_instance_and_khods_own(world: World) -> None:
         assert update is not None
         names = [name.decode() for name in world.kernel.luo.outgoing]
         assert names == [f"khod.{update.id}.1", f"khod.{update.id}.2", "khod"]
-        assert host.registry.get("device").session_name == f"khod.{update.id}.1"
+        assert world.entry("device").session_name == f"khod.{update.id}.1"
         await host.abort()
         await asyncio.wait([task])
         assert not world.kernel.luo.outgoing

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from khod.core.callers import Lifetime
+from khod.core.service import Registration
 from khod.core.settings import Settings
 from khod.core.state import HOLDABLE, State
 from khod.errors import Lost, Refused, UpdateFailed
 from khod.simulated import ProcessDied
-from tests.orchestration.world import MIB, QUICK, Guest, Recorder, World
+from tests.orchestration.world import ME, MIB, QUICK, Guest, Recorder, World
 
 Scenario = Callable[[World], Awaitable[None]]
 
@@ -74,10 +76,10 @@ def test_a_failure_of_any_call_is_undone(world: World, call: str, nth: int) -> N
 def test_abort_from_every_state_that_can_be_held(world: World, state: State) -> None:
     async def scenario() -> None:
         world.plugins = [recorder := Recorder()]
-        guest = Guest("vmm", ("vm-1",))
         host = await world.khod()
-        host.attach(guest)
         await world.register("vm-1", memory := world.memory(), "recorder")
+        guest = Guest("vm-1")
+        await guest.attend(host)
         task = await world.held(state)
         assert host.state is state
         assert (await host.status()).held
@@ -86,10 +88,9 @@ def test_abort_from_every_state_that_can_be_held(world: World, state: State) -> 
             await task
         untouched(world)
         assert world.intact(memory)
-        if "preparing" in guest.log:
-            assert guest.log[-1] == "resume"
+        await asyncio.sleep(0)  # the guest's turn to hear of it
+        assert guest.log[-1] == ("aborted" if "preparing" in guest.log else "subscribed")
         assert ("thaw vm-1" in recorder.log) == ("prepare vm-1" in recorder.log)
-        host.detach(guest)
         assert (await world.jump()).state is State.RESTORED
 
     asyncio.run(scenario())
@@ -133,13 +134,14 @@ def test_a_client_that_does_not_answer_fails_the_update_and_all_resume(tmp_path:
     async def scenario() -> None:
         world = World(tmp_path, settings=replace(QUICK, preparing=0.2, freezing=0.2))
         host = await world.khod()
-        good, bad = Guest("good", ("vm-1",)), Guest("bad", ("vm-2",), silent={what})
-        host.attach(good)
-        host.attach(bad)
+        good, bad = Guest("vm-1"), Guest("vm-2", silent={what})
         await world.register("vm-1", world.memory())
         await world.register("vm-2", world.memory())
-        await fails(world, f"bad: no answer to {what}")
-        assert good.log[-1] == bad.log[-1] == "resume"
+        await good.attend(host)
+        await bad.attend(host)
+        await fails(world, f"vm-2: its client did not answer {what}")
+        await asyncio.sleep(0)  # the guests' turn to hear of it
+        assert good.log[-1] == bad.log[-1] == "aborted"
 
     asyncio.run(scenario())
 
@@ -149,13 +151,13 @@ def test_a_lease_that_ended_stops_the_jump(world: World) -> None:
 
     async def scenario() -> None:
         host = await world.khod()
-        guest = Guest("vmm", ("vm-1",))
-        host.attach(guest)
+        guest = Guest("vm-1")
         await world.register("vm-1", world.memory())
+        await guest.attend(host)
         task = await world.held(State.FROZEN)
-        guest.connected = False
+        guest.link.end()
         await host.proceed()
-        with pytest.raises(UpdateFailed, match=r"vmm.*READY"):
+        with pytest.raises(UpdateFailed, match=r"vm-1.*gone"):
             await task
         untouched(world)
         assert "executing" not in guest.log
@@ -203,7 +205,7 @@ def test_what_the_kernel_refuses_is_left_behind_when_optional_and_fails_when_req
         huge = world.workload.special("hugetlb", 2 * MIB)
         await world.register("huge", huge, "recorder")
         await fails(world, "huge")
-        await world.host.unregister("huge")
+        await world.host.unregister(ME, "huge")
         await world.register("huge", huge, "recorder", required=False)
         host = await world.jump()
         (update,) = await host.history(1)
@@ -220,12 +222,13 @@ def test_a_client_that_exited_can_claim_its_memory_after_an_abort(world: World) 
         host = await world.khod()
         client = world.kernel.spawn("client")
         fd = world.memory(process=client)
-        await host.register("vm-1", "guestmemfd", [("memory", client.give(fd, world.process))], owner="uid:0")
+        asked = Registration(name="vm-1", lifetime=Lifetime.PERSISTENT)
+        await host.register(ME, asked, [("memory", client.give(fd, world.process))])
         task = await world.held(State.FROZEN)
         client.exit()
         await host.abort()
         await asyncio.wait([task])
-        answer = await host.claim("vm-1", owner="uid:0")
+        answer = await host.claim(ME, "vm-1")
         heir, inherited = world.received(answer.fds[0], "heir")
         assert world.intact(inherited, process=heir)
 
@@ -248,8 +251,9 @@ def test_a_khod_that_died_in_an_update_is_followed_by_one_that_undoes(world: Wor
         assert host.state is State.ABORTED
         assert not host.machine.kexec.loaded(), "the image that the dead khod loaded is still there"
         assert world.intact(memory)
-        await world.register("vm-1", memory)
+        assert world.entry("vm-1").state == "registered", "khod's own end unregisters nothing"
         assert (await world.jump()).state is State.RESTORED
+        assert world.entry("vm-1").state == "restored"
 
     asyncio.run(scenario())
 
@@ -276,9 +280,9 @@ def test_file_systems_are_written_out_after_the_last_ready(world: World, state: 
 
     async def scenario() -> None:
         await world.khod()
-        guest = Guest("vmm", ("vm-1",))
-        world.host.attach(guest)
+        guest = Guest("vm-1")
         await world.register("vm-1", world.memory())
+        await guest.attend(world.host)
         world.kernel.faults.fail("sync", errno.EIO, nth=2 if state is State.FROZEN else 1)
         await fails(world, "EIO")
         assert ("quiesce" in guest.log) == (state is State.FROZEN)
@@ -341,7 +345,7 @@ def test_memory_that_is_not_there_is_refused_with_the_numbers(tmp_path: Path) ->
         assert plan.memory.need > plan.memory.have
         with pytest.raises(Refused, match=rf"not enough memory: {plan.memory.need} .*holes {200 * MIB}"):
             await host.update()
-        await host.unregister("vm-1")
+        await host.unregister(ME, "vm-1")
         await world.register("vm-1", world.memory())
         assert (await world.jump()).state is State.RESTORED
 
@@ -370,8 +374,8 @@ def test_one_update_at_a_time_and_no_registering_meanwhile(world: World) -> None
         with pytest.raises(Refused, match="prepared"):
             await world.register("vm-2", world.memory())
         with pytest.raises(Refused, match="prepared"):
-            await host.unregister("vm-1")
-        assert (await host.claim("vm-1", owner="uid:0")).answer == "hold"
+            await host.unregister(ME, "vm-1")
+        assert (await host.claim(ME, "vm-1")).answer == "hold"
         await host.abort()
         await asyncio.wait([task])
         assert isinstance(task.exception(), UpdateFailed)
@@ -455,14 +459,15 @@ def test_the_same_file_is_registered_once(world: World) -> None:
         host = await world.khod()
         fd = world.memory()
         await world.register("vm-1", fd)
-        with pytest.raises(Refused, match="same file as one of vm-1"):
+        with pytest.raises(Refused, match="same file as 'memory' of vm-1"):
             await world.register("vm-2", world.workload.reopen(fd))
         twice = [("a", world.workload.give(fd, world.process)), ("b", world.workload.give(fd, world.process))]
-        await host.unregister("vm-1")
-        with pytest.raises(Refused, match="'b' is the same file as one of vm-3"):
-            await host.register("vm-3", "guestmemfd", twice, owner="uid:0")
+        await host.unregister(ME, "vm-1")
+        with pytest.raises(Refused, match="'a' and 'b' are the same file"):
+            await host.register(ME, Registration(name="vm-3"), twice)
         assert len(host.registry) == 0
-        assert not world.kernel.task(world.process.pid).fds, "a registration that is refused leaves no descriptor"
+        assert len(world.kernel.task(world.process.pid).fds) == 1, "a registration that is refused leaves no descriptor"
+        assert host.machine.custody.kept() == ["book"]
 
     asyncio.run(scenario())
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import khod_guestmemfd
 
+from khod.core.callers import Caller, Kind, Lifetime, Owner, Right
 from khod.core.host import Host
+from khod.core.registry import Entry
+from khod.core.service import Registration
 from khod.core.settings import Settings
 from khod.core.state import State
 from khod.core.views import EventView
@@ -24,6 +26,8 @@ from khod.simulated.image import build
 from khod.simulated.kernel import Kernel
 
 MIB = 1 << 20
+ME = Caller.itself()
+"""Root, who may do everything."""
 QUICK = Settings(preparing=5, freezing=5, sync=5, restoring=5, reserve=MIB)
 
 
@@ -87,41 +91,57 @@ class Recorder:
         await self._note("finish", instance)
 
 
-@dataclass(eq=False)
+class Link:
+    """A connection, or a process, that the test ends."""
+
+    def __init__(self) -> None:
+        self.there = True
+        self._told: list[Callable[[], None]] = []
+
+    def on_end(self, told: Callable[[], None]) -> None:
+        self._told.append(told)
+
+    def end(self) -> None:
+        self.there = False
+        for told in self._told:
+            told()
+
+
+def caller(
+    name: str = "root", rights: Iterable[Right] = Right, *, kind: Kind = Kind.USER, connection: Link | None = None
+) -> Caller:
+    """Somebody, on a connection of his own."""
+    link = connection or Link()
+    return Caller(owner=Owner(kind, name), rights=frozenset(rights), pid=4711, connection=link, process=Link())
+
+
 class Guest:
-    """A client that stands still when asked, unless told otherwise."""
+    """A client that stands still when asked, unless it is to be silent; it notes what it hears."""
 
-    name: str
-    instances: tuple[str, ...]
-    log: list[str] = field(default_factory=list)
-    silent: set[str] = field(default_factory=set)
-    connected: bool = True
+    def __init__(self, *instances: str, silent: Iterable[str] = ()) -> None:
+        self.instances, self.silent = instances, set(silent)
+        self.log: list[str] = []
+        self.link = Link()
+        self.me = caller(connection=self.link)
 
-    @property
-    def valid(self) -> bool:
-        """It is its own lease."""
-        return self.connected
+    async def attend(self, host: Host) -> None:
+        """Subscribe to its instances, and answer from now on."""
+        self.host = host
+        handles = [host.registry.get((self.me.owner, name)).handle for name in self.instances]
+        self.subscription = await host.subscribe(self.me, handles)
+        self.listening = asyncio.create_task(self._listen())
 
-    async def _hear(self, what: str) -> None:
-        self.log.append(what)
-        if what in self.silent:
-            await asyncio.Event().wait()
+    async def _listen(self) -> None:
+        async for view in self.subscription:
+            self.log.append(view.phase)
+            if view.phase in ("preparing", "quiesce", "commit") and view.phase not in self.silent:
+                await self.host.ready(self.me, view.update, view.phase)
 
-    async def preparing(self, update: str) -> None:
-        await self._hear("preparing")
-
-    async def quiesce(self, update: str) -> Guest:
-        await self._hear("quiesce")
-        return self
-
-    async def commit(self, update: str, lease: object) -> None:
-        await self._hear("commit")
-
-    async def executing(self, update: str) -> None:
-        await self._hear("executing")
-
-    async def resume(self, update: str) -> None:
-        await self._hear("resume")
+    async def leave(self) -> None:
+        """Say goodbye."""
+        self.listening.cancel()
+        await asyncio.wait([self.listening])
+        await self.subscription.aclose()  # type: ignore[attr-defined]
 
 
 class World:
@@ -177,16 +197,27 @@ class World:
     async def register(self, name: str, fd: int, driver: str = "guestmemfd", **kwargs: Any) -> None:
         """Register a descriptor of the workload's."""
         mine = self.workload.give(fd, self.process)
-        await self.host.register(name, driver, [("memory", mine)], owner="uid:0", **kwargs)
+        asked = Registration(**{"name": name, "driver": driver, "lifetime": Lifetime.PERSISTENT, **kwargs})
+        await self.host.register(ME, asked, [("memory", mine)])
+
+    def entry(self, name: str) -> Entry:
+        """An instance of root's."""
+        return self.host.registry.get((ME.owner, name))
 
     def process_fd(self, name: str) -> int:
         """khod's own descriptor of an instance's first file."""
-        return next(iter(self.host.registry.get(name).fds.values()))
+        return next(iter(self.entry(name).fds.values()))
 
     def received(self, descriptor: int, name: str = "vmm") -> tuple[Process, int]:
         """A new process that was sent a descriptor of khod's, and its number there."""
         process = self.kernel.spawn(name)
         return process, process.call("descriptor", self.process.pid, descriptor)
+
+    async def claimed(self, name: str, **kwargs: Any) -> tuple[Process, int]:
+        """Claim an instance: a new process that was given its first descriptor, and its number there."""
+        answer = await self.host.claim(ME, name, **kwargs)
+        assert answer.answer == "fds", answer
+        return self.received(answer.fds[0])
 
     def contains(self, needle: bytes) -> bool:
         """Whether physical memory holds these bytes anywhere."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from khod.core.service import Service
+from khod.core.callers import Caller, Lifetime
+from khod.core.service import Registration, Service
 from khod.core.state import State
 from khod.core.views import (
     ClaimView,
@@ -17,9 +18,11 @@ from khod.core.views import (
     ImageView,
     InspectionView,
     InstanceView,
+    LifecycleView,
     MemoryView,
     OrderView,
     PlanView,
+    RegisteredView,
     SpanView,
     StatusView,
     StepView,
@@ -96,10 +99,8 @@ class FakeService:
             problems=[held.view.problem for held in self.held.values() if held.view.problem],
         )  # fmt: skip
 
-    async def register(
-        self, name: str, driver: str, fds: Sequence[tuple[str, int]], *, owner: str, required: bool = True,
-        requires: Sequence[str] = (), options: Mapping[str, str] | None = None,
-    ) -> InstanceView:  # fmt: skip
+    async def register(self, caller: Caller, asked: Registration, fds: Sequence[tuple[str, int]]) -> RegisteredView:
+        name, driver = asked.name, asked.driver
         try:
             if driver == "broken":
                 raise ZeroDivisionError("a bug")
@@ -115,23 +116,46 @@ class FakeService:
                 self.files.close(fd)
             raise
         view = InstanceView(
-            name=name, driver=driver, compatible="khod,guestmemfd-v1", owner=owner, required=required,
-            requires=tuple(requires), state="registered", size=sum(sizes), fds=tuple(fd_name for fd_name, _ in fds),
-            detail=dict(options or {}),
+            name=name, driver=driver, compatible="khod,guestmemfd-v1", owner=str(caller.owner), required=asked.required,
+            requires=tuple(asked.requires), state="registered", size=sum(sizes), fds=tuple(fd_name for fd_name, _ in fds),
+            detail=dict(asked.options),
         )  # fmt: skip
         self.held[name] = Held(view, [fd for _, fd in fds])
-        return view
+        return RegisteredView(instance=view, handle=f"handle of {name}")
 
-    async def adopt(
-        self, name: str, driver: str, pid: int, fds: Sequence[tuple[str, int]], *, owner: str, required: bool = True,
-        requires: Sequence[str] = (), options: Mapping[str, str] | None = None,
-    ) -> InstanceView:  # fmt: skip
+    async def adopt(self, caller: Caller, asked: Registration, pid: int, fds: Sequence[tuple[str, int]]) -> RegisteredView:
         if pid != os.getpid():
             raise InvalidRequest(f"there is no process {pid}")
         taken = [(fd_name, self.files.adopt(os.dup(number))) for fd_name, number in fds]
-        return await self.register(name, driver, taken, owner=owner, required=required, requires=requires, options=options)
+        return await self.register(caller, asked, taken)
 
-    async def unregister(self, name: str) -> None:
+    async def register_opaque(self, caller: Caller, name: str, lifetime: Lifetime) -> RegisteredView:
+        raise Refused("not here")
+
+    async def finished(self, caller: Caller, handle: str) -> None:
+        raise Refused("not here")
+
+    async def discard(self, caller: Caller, name: str, *, owner: str = "") -> None:
+        await self.unregister(caller, name)
+
+    async def subscribe(self, caller: Caller, handles: Sequence[str]) -> AsyncIterator[LifecycleView]:
+        raise Refused("not here")
+
+    async def ready(
+        self, caller: Caller, update: str, phase: str, handles: Sequence[str] = (), *, quiet_for: float = 0.0
+    ) -> None:
+        raise Refused("not here")
+
+    async def failed(self, caller: Caller, update: str, phase: str, handles: Sequence[str], reason: str) -> None:
+        raise Refused("not here")
+
+    async def states(self, caller: Caller, handle: str) -> Sequence[tuple[str, int]]:
+        raise Refused("not here")
+
+    async def open_session(self, caller: Caller, handle: str) -> int:
+        raise Refused("not here")
+
+    async def unregister(self, caller: Caller, name: str = "", *, owner: str = "", handle: str = "") -> None:
         for fd in self._find(name).fds:
             self.files.close(fd)
         del self.held[name]
@@ -158,7 +182,7 @@ class FakeService:
             kills_total=40,
         )
 
-    async def update(self, hold_at: State | None = None) -> AsyncIterator[EventView]:
+    async def update(self, hold_at: State | None = None, *, jump: str = "") -> AsyncIterator[EventView]:
         if self.image is None:
             raise Refused("no kernel is loaded", hint="khoctl load KERNEL")
         if self._running is not None and not self._running.done():
@@ -223,13 +247,21 @@ class FakeService:
         await asyncio.wait([self._running])
         return self.state
 
-    async def claim(self, name: str, *, owner: str, unverified: bool = False) -> ClaimView:
+    async def claim(
+        self,
+        caller: Caller,
+        name: str,
+        *,
+        owner: str = "",
+        lifetime: Lifetime | None = None,
+        unverified: bool = False,
+    ) -> ClaimView:
         if name not in self.held:
             return ClaimView(answer="cold", reason=f"no instance {name} came")
         held = self.held[name]
         if held.view.problem and not unverified:
             return ClaimView(answer="hold", reason=held.view.problem)
-        held.view = replace(held.view, state="claimed", owner=owner)
+        held.view = replace(held.view, state="claimed", owner=str(caller.owner))
         fds = [self.files.duplicate(fd) for fd in held.fds]
         return ClaimView(answer="fds", reason="", names=tuple(held.view.fds), fds=tuple(fds))
 

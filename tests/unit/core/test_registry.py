@@ -4,12 +4,12 @@ from __future__ import annotations
 import pytest
 
 from khod.core.driver import Declaration
-from khod.core.registry import Entry, Registry, dependents, order
+from khod.core.registry import ROOT, Entry, Registry, dependents, order
 from khod.errors import InvalidRequest, Refused
 
 
 def entry(name: str, *requires: str) -> Entry:
-    return Entry(name, None, "driver", "uid:0", True, requires, {}, Declaration("x", ()), {})
+    return Entry(name, None, "driver", ROOT, True, requires, {}, Declaration("x", ()), {})
 
 
 @pytest.mark.parametrize("name", ["", ".vm", "-vm", "a/b", "a b", "ü", "a" * 49, "vm\n", "@x"])
@@ -22,26 +22,26 @@ def test_names_that_are_not_allowed(name: str) -> None:
 def test_names_that_are_allowed(name: str) -> None:
     registry = Registry()
     registry.add(entry(name))
-    assert name in registry
+    assert registry.get((ROOT, name)).name == name
 
 
 def test_a_name_is_taken_once_and_free_again_after_removal() -> None:
     registry = Registry()
-    registry.add(entry("vm"))
+    registry.add(first := entry("vm"))
     with pytest.raises(Refused, match="vm"):
         registry.add(entry("vm"))
-    registry.remove("vm")
+    registry.remove(first)
     registry.add(entry("vm"))
 
 
 def test_what_another_requires_stays() -> None:
     registry = Registry()
-    registry.add(entry("memory"))
-    registry.add(entry("device", "memory"))
+    registry.add(memory := entry("memory"))
+    registry.add(device := entry("device", "memory"))
     with pytest.raises(Refused, match="device"):
-        registry.remove("memory")
-    registry.remove("device")
-    registry.remove("memory")
+        registry.check_removable(memory)
+    registry.remove(device)
+    registry.check_removable(memory)
 
 
 def test_a_dependency_must_exist() -> None:

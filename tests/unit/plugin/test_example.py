@@ -12,11 +12,13 @@ from types import ModuleType
 
 import pytest
 
+from khod.core.callers import Lifetime
 from khod.core.registry import InstanceState
+from khod.core.service import Registration
 from khod.core.state import State
 from khod.errors import InvalidRequest, Refused, UpdateFailed
 from khod.simulated import Process, ProcessDied
-from tests.orchestration.world import World
+from tests.orchestration.world import ME, World
 
 EXAMPLE = Path(__file__).parents[3] / "examples/ringlog"
 SIZE = 4096 + 64 * 64
@@ -75,7 +77,8 @@ async def registered(world: World, ringlog: ModuleType, records: int, **options:
     for number in range(records):
         assert writer.log(f"record {number}")
     fd = world.workload.give(writer.fd, world.process)
-    await world.host.register("log", "ringlog", [("ring", fd)], owner="uid:0", options=options)
+    asked = Registration(name="log", driver="ringlog", lifetime=Lifetime.PERSISTENT, options=options)
+    await world.host.register(ME, asked, [("ring", fd)])
     return writer
 
 
@@ -90,7 +93,7 @@ def test_a_ring_comes_through_and_its_writer_goes_on(ringlog: ModuleType, world:
         assert host.state is State.RESTORED
         (view,) = await host.instances()
         assert (view.state, view.problem) == (InstanceState.RESTORED, "")
-        answer = await host.claim("log", owner="uid:0")
+        answer = await host.claim(ME, "log")
         process = world.kernel.spawn("ringlog")
         writer = Writer(ringlog, process, process.call("descriptor", world.process.pid, answer.fds[0]))
         assert writer.head == 70
@@ -141,7 +144,7 @@ def test_a_writer_that_did_not_stop_is_found_out(ringlog: ModuleType, world: Wor
         assert view.state == InstanceState.DAMAGED
         said = "the ring has 4 records, it was frozen with 3" if counted else "the last records are not those"
         assert said in view.problem
-        assert (await host.claim("log", owner="uid:0")).answer == "hold"
+        assert (await host.claim(ME, "log")).answer == "hold"
 
     asyncio.run(scenario())
 
@@ -154,7 +157,7 @@ def test_what_is_no_ring_or_cannot_be_stopped_is_turned_down(ringlog: ModuleType
         async def refusal(fd: int, name: str = "ring", **options: str) -> str:
             with pytest.raises((InvalidRequest, Refused)) as caught:
                 given = world.workload.give(fd, world.process)
-                await host.register("log", "ringlog", [(name, given)], owner="uid:0", options=options)
+                await host.register(ME, Registration(name="log", driver="ringlog", options=options), [(name, given)])
             return str(caught.value)
 
         assert "not a ring" in await refusal(world.memory())

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The answer to a claim (decision 24): descriptors, 'cold' (boot from disk), or 'hold' (it exists, do not start)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from khod.core.book import Book
+from khod.core.callers import Caller, Lifetime, Right
+from khod.core.instances import check_lifetime, new_handle
+from khod.core.journal import Journal
+from khod.core.ports import Machine
+from khod.core.registry import Entry, Grade, InstanceState, Registry
+from khod.core.state import State
+from khod.core.views import ClaimView
+from khod.errors import KhodError, NotPermitted
+
+SESSION_FD = "session"
+"""What the one descriptor of an opaque instance is called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What is said, and what else follows from it."""
+
+    view: ClaimView
+    entry: Entry | None = None
+    """The entry that hangs on the claimant from now on; None where nothing changed hands."""
+    void: str = ""
+    """The handle that is void now."""
+
+
+class Claims:
+    """Answers claims."""
+
+    def __init__(self, machine: Machine, registry: Registry, journal: Journal, book: Book) -> None:
+        self._machine, self._registry, self._journal, self._book = machine, registry, journal, book
+
+    async def answer(
+        self,
+        caller: Caller,
+        name: str,
+        owner: str,
+        state: State,
+        update: str,
+        *,
+        lifetime: Lifetime | None,
+        unverified: bool,
+    ) -> Claimed:
+        """See `khod.core.service.Service.claim`."""
+        if unverified and not caller.may(Right.ADMINISTER):
+            raise NotPermitted("only who may administer khod takes what is not verified", hint="ask an administrator")
+        if lifetime is not None:
+            check_lifetime(caller, lifetime)
+        entry = self._known(caller, name, owner)
+        if isinstance(entry, ClaimView):
+            return Claimed(entry)
+        if entry is None:
+            return Claimed(_unknown(name, state))
+        if reason := _held_back(entry, state, unverified):
+            return Claimed(hold(reason))
+        self._journal.note(
+            update,
+            "claimed",
+            name=entry.name,
+            owner=str(entry.owner),
+            by=str(caller.owner),
+            unverified=not entry.state.sound,
+            problem=entry.problem,
+        )
+        return self._hand_out(entry, lifetime)
+
+    def _known(self, caller: Caller, name: str, owner: str) -> Entry | ClaimView | None:
+        """The entry that is meant; None when there is no such, an answer when it is another's: who must not know what others
+        have is told the same as where the name is free, unless the disk that he would boot from may be in use."""
+        named = self._registry.named(name)
+        if not named:
+            return None
+        try:
+            return self._registry.find(caller, name, owner)
+        except NotPermitted:
+            raise
+        except KhodError:
+            if caller.may(Right.ADMINISTER):
+                raise
+            return hold(f"an instance {name!r} of somebody else is here: a second life could ruin its disk")
+
+    def _hand_out(self, entry: Entry, lifetime: Lifetime | None) -> Claimed:
+        duplicate = self._machine.files.duplicate
+        void = entry.handle
+        changes_hands = entry.state is not InstanceState.REGISTERED and (
+            entry.state is not InstanceState.CLAIMED or entry.keeper is None or not entry.keeper.there
+        )
+        if changes_hands:
+            self._registry.set_handle(entry, new_handle())
+            entry.lifetime = lifetime or entry.lifetime
+            entry.state = InstanceState.CLAIMED
+            entry.attended = False  # until the claimant subscribes
+        states = [bound.name for bound in entry.client_states if bound.name in entry.states]
+        if entry.grade is Grade.OPAQUE:
+            names, borrowed = [SESSION_FD], [entry.session]
+        else:
+            names = [*entry.fds, *states]
+            borrowed = [*entry.fds.values(), *(entry.states[name].fd for name in states)]
+        view = ClaimView(
+            answer="fds",
+            reason=entry.problem,
+            names=names,
+            fds=[duplicate(fd) for fd in borrowed],
+            states=states,
+            handle=entry.handle,
+        )
+        return Claimed(view, entry, void) if changes_hands else Claimed(view)
+
+
+def _held_back(entry: Entry, state: State, unverified: bool) -> str:
+    """Why an instance is not handed out; '' when it is."""
+    if entry.state in (InstanceState.PRESERVED, InstanceState.FROZEN):
+        return f"{entry.label} is {entry.state}: an update is {state}"
+    if entry.state is InstanceState.WAITING or (not entry.state.sound and not unverified):
+        return f"{entry.label} is {entry.state}: {entry.problem}"
+    if entry.grade is Grade.OPAQUE and entry.session < 0:
+        return f"{entry.label} is opaque, and there is no session of it"
+    if entry.grade is Grade.REGISTERED and not entry.fds:
+        return f"{entry.label}: nothing of it could be retrieved: {entry.problem}"
+    return ""
+
+
+def _unknown(name: str, state: State) -> ClaimView:
+    """No such instance: it never was, or what came through cannot be read."""
+    if state in (State.FAILED, State.UNREACHABLE, State.RESTORING):
+        return hold(f"no instance {name!r} is known, and the last update is {state}: it may exist")
+    return ClaimView(answer="cold", reason=f"no instance {name!r} came through")
+
+
+def hold(reason: str) -> ClaimView:
+    """Do not start it."""
+    return ClaimView(answer="hold", reason=reason)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What an instance hangs on: the connection or the process whose end is its end (decision 5)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+from khod.core.callers import Caller, Lifetime, Presence
+from khod.core.registry import Entry
+
+Watch: TypeAlias = Callable[[int], Presence | None]
+"""A living process by its number; None when there is none."""
+
+
+class Keepers:
+    """Watches the keepers of entries; `ended` is told, in the event loop, of each entry whose keeper came to its end."""
+
+    def __init__(self, watch: Watch, ended: Callable[[Entry], None]) -> None:
+        self._watch, self._ended = watch, ended
+
+    def bind(self, entry: Entry, caller: Caller) -> None:
+        """From now on the entry hangs on this caller."""
+        self._hang(entry, caller.keeper(entry.lifetime), caller.pid)
+
+    def bind_process(self, entry: Entry, pid: int) -> bool:
+        """The entry hangs on that process, if its lifetime is one; False when there is no such process."""
+        if entry.lifetime is not Lifetime.PROCESS:
+            return True
+        presence = self._watch(pid)
+        if presence is not None:
+            self._hang(entry, presence, pid)
+        return presence is not None
+
+    def _hang(self, entry: Entry, presence: Presence | None, pid: int) -> None:
+        entry.keeper, entry.keeper_pid = presence, pid if presence is not None else 0
+        if presence is not None:
+            # The same entry may hang on another by then: it came back, or was claimed.
+            presence.on_end(lambda: self._ended(entry) if entry.keeper is presence else None)
+
+    def came_back(self, entry: Entry, caller: Caller) -> None:
+        """Its client uses its handle: where its keeper was lost with an earlier khod, the caller is it from now on."""
+        if entry.keeper is None and entry.lifetime is not Lifetime.PERSISTENT:
+            self.bind(entry, caller)
+
+    def resume(self, entries: Iterable[Entry], grace: float) -> None:
+        """In a khod that was started anew: processes are watched again, and who had a connection has `grace` seconds to come
+        back."""
+        waiting = []
+        for entry in entries:
+            if entry.lifetime is Lifetime.PERSISTENT:
+                continue
+            if entry.lifetime is Lifetime.CONNECTION or not entry.keeper_pid:
+                waiting.append(entry)
+            elif not self.bind_process(entry, entry.keeper_pid):
+                self._ended(entry)
+        if waiting:
+            asyncio.get_running_loop().call_later(grace, self._give_up, waiting)
+
+    def _give_up(self, waiting: Iterable[Entry]) -> None:
+        for entry in waiting:
+            if entry.keeper is None:
+                self._ended(entry)
