@@ -21,6 +21,7 @@ from khod.folio.units import DEFAULT_MAX_ORDER, MAX_ORDER
 DEFAULT_PATH: Final = Path("/etc/khod/khod.yaml")
 _SOCKET: Final = Path("/run/khod/khod.sock")
 _STATE: Final = Path("/var/lib/khod")
+JUMPS: Final = ("direct", "systemd")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 RIGHTS: Final = ("observe", "instances", "opaque", "operate", "administer")
 """What a rule can grant; `khod.core.callers.Right` says what each is."""
@@ -70,6 +71,12 @@ def _machine(text: str) -> str:
     name, colon, directory = text.partition(":")
     if text != "kernel" and not (name == "simulated" and colon and directory.startswith("/")):
         raise ValueError("there is no such machine")
+    return text
+
+
+def _jump(text: str) -> str:
+    if text not in JUMPS:
+        raise ValueError("there is no such jump")
     return text
 
 
@@ -152,6 +159,7 @@ COUNT = Kind("a number from 0 to 1000000", _checked(_within(int, ge=0, le=1_000_
 MILLISECONDS = Kind("milliseconds, from 0 to 60000", _checked(_within(int, ge=0, le=60_000)))
 RULES = Kind("a list of rules, see below", _rules)
 FLAG = Kind("`true` or `false`", _checked(lambda: bool))
+JUMP = Kind("`direct` or `systemd`", _checked(lambda: str, _jump))
 LEVEL = Kind("one of " + ", ".join(f"`{level}`" for level in LOG_LEVELS), _checked(lambda: str, _level))
 
 
@@ -215,6 +223,9 @@ class Config:
     )
     reserve: int = _setting(
         64 << 20, SIZE, "Memory that must stay available after everything an update needs; less, and it is refused."
+    )
+    jump: str = _setting(
+        "direct", JUMP, "How an update jumps that does not say: at once, or by `systemctl kexec`, which stops the host first."
     )
     max_order: int = _setting(
         DEFAULT_MAX_ORDER, ORDER, "The largest order of a folio that is tracked, and believed when a map is read."

@@ -85,8 +85,16 @@ async def serve(configuration: config.Config, notifier: Notifier) -> int:
         answerable.say(state)
         notifier.tell("READY=1")
         host.verify()
-        waiting = until_it_may_end(told, host, Systemd(), notifier.status)
-        await beside(waiting, notifier.keep_alive(), show(host, notifier, answerable, told), undo_at_shutdown(host))
+        manager = Systemd()
+        waiting = until_it_may_end(told, host, manager, notifier.status)
+        at_once = await beside(
+            waiting, notifier.keep_alive(), show(host, notifier, answerable, told), undo_at_shutdown(host, manager)
+        )
+        if at_once:
+            # No clean end: an event loop that ends cancels the update, and every descriptor is PID 1's as well.
+            logger.info("going, for systemd to jump")
+            logging.shutdown()
+            os._exit(0)
     notifier.tell("STOPPING=1")
     await beside(host.close(), notifier.keep_alive())
     os.close(occupied)
@@ -118,6 +126,7 @@ def core_settings(configuration: config.Config) -> Settings:
         freezing=configuration.deadlines.freezing,
         sync=configuration.deadlines.sync,
         restoring=configuration.deadlines.restoring,
+        jump=configuration.jump,
         reserve=configuration.reserve,
         max_order=configuration.max_order,
         sample_pages=configuration.verification.pages,

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from khod.core.host import Host
 from khod.core.state import State
@@ -21,6 +21,7 @@ from khod.errors import InvalidRequest, KhodError
 from khod.kernel import logind
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 STATUS_INTERVAL = 1.0
 """Seconds within which a change of what khod does shows in systemd, and within which one who waits to end sees that he may."""
@@ -35,6 +36,10 @@ class Manager(Protocol):
 
     def stopping(self) -> bool:
         """Whether the system is on its way down. Raises KhodError when nobody knows."""
+        ...
+
+    def coming(self) -> bool:
+        """Whether a kexec is under way, or the system is stopping. Raises KhodError when nobody knows."""
         ...
 
 
@@ -142,11 +147,16 @@ async def show(host: Host, notifier: Notifier, answerable: Answerable, told: asy
         await asyncio.sleep(STATUS_INTERVAL)
 
 
-async def undo_at_shutdown(host: Host) -> None:
+async def undo_at_shutdown(host: Host, manager: Manager) -> None:
     """When a shutdown begins that is not the jump of an update, undo the update that is under way; logind waits for that
-    while the update's inhibitor lasts. Never ends."""
+    while the update's inhibitor lasts. And when the shutdown that is its jump does not happen after all, say so. Never ends."""
     async for begins in logind.shutdowns():
-        if begins:
+        update = host.last_update
+        if update is not None and update.left_to_systemd:
+            # logind says False as well when its job is done, and that is the jump.
+            if not begins and not await _asked(manager.coming, unknown=True):
+                update.came_back("logind says that the shutdown does not happen")
+        elif begins:
             await undo(host, "a shutdown begins")
 
 
@@ -161,37 +171,45 @@ async def undo(host: Host, why: str) -> None:
         logger.error("%s, and the update could not be undone: %s", why, error)
 
 
-async def until_it_may_end(told: asyncio.Event, host: Host, manager: Manager, say: Callable[[str], None]) -> None:
+async def until_it_may_end(told: asyncio.Event, host: Host, manager: Manager, say: Callable[[str], None]) -> bool:
     """Wait to be told to end, and then until that loses nothing: until the update is over, and somebody else holds what came
-    through (decision 25). A system that goes down without logind having said so is a reason to undo as well."""
+    through (decision 25). A system that goes down without logind having said so is a reason to undo as well.
+
+    Returns whether khod must go at once and let go of nothing: the jump is PID 1's (decision 17).
+    """
     await told.wait()
     said = ""
-    while reason := host.keeps_from_exit():
+    while not _left_to_systemd(host) and (reason := host.keeps_from_exit()):
         if reason != said:
             logger.error("not stopping yet: %s", reason)
             said = reason
         say(f"Not stopping yet: {reason}")
-        if host.state.outgoing and await _stopping(manager):
+        if host.state.outgoing and await _asked(manager.stopping, unknown=False):
             await undo(host, "the system is going down")
             continue
         await asyncio.sleep(STATUS_INTERVAL)
+    return _left_to_systemd(host)
 
 
-async def _stopping(manager: Manager) -> bool:
+def _left_to_systemd(host: Host) -> bool:
+    return host.last_update is not None and host.last_update.left_to_systemd
+
+
+async def _asked(question: Callable[[], bool], *, unknown: bool) -> bool:
     try:
-        return await asyncio.to_thread(manager.stopping)
+        return await asyncio.to_thread(question)
     except KhodError as error:
-        logger.debug("systemd does not say whether it is going down: %s", error)
-        return False
+        logger.warning("systemd does not say what it is doing: %s", error)
+        return unknown
 
 
-async def beside(main: Awaitable[None], *others: Awaitable[None]) -> None:
+async def beside(main: Awaitable[T], *others: Awaitable[None]) -> T:
     """Await `main` with the others running beside it; one that fails is logged and missed, no more."""
     tasks = [asyncio.ensure_future(other) for other in others]
     for task in tasks:
         task.add_done_callback(_failed)
     try:
-        await main
+        return await main
     finally:
         for task in tasks:
             task.cancel()

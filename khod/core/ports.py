@@ -419,11 +419,12 @@ class ServiceManager(Protocol):
 
     def inhibit(self, why: str) -> int:
         """Hold off a shutdown by others, as long as logind lets a delay inhibitor do so: an owned descriptor, which lets go
-        of it when closed. Raises Refused where there is no logind."""
+        of it when closed. Raises Refused where there is no logind, NotPermitted when it says no: a shutdown is under way."""
         ...
 
     def kexec(self) -> None:
-        """Ask PID 1 to stop everything and to jump (``systemctl kexec``). Once it has returned there is no way back.
+        """Ask PID 1 to stop everything and to jump (``systemctl kexec``). Once it has returned there is no way back, unless
+        PID 1 says so itself: a shutdown that it has accepted can still be cancelled.
 
         Raises KexecFailed when PID 1 refused, NothingLoaded, and Refused where there is `doubt`: then nothing has happened.
         """

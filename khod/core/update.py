@@ -17,6 +17,7 @@ from khod.core.blocking import blocking
 from khod.core.broker import Broker
 from khod.core.events import Broadcast
 from khod.core.journal import Journal
+from khod.core.jump import steps_for
 from khod.core.ledger import Ledger
 from khod.core.outgoing import Outgoing
 from khod.core.ports import Boot, Image, Machine, Stamp
@@ -24,7 +25,7 @@ from khod.core.question import Phase
 from khod.core.registry import Entry, dependents, order
 from khod.core.settings import Settings
 from khod.core.state import TRANSITIONS, State
-from khod.core.steps import STEPS, Step
+from khod.core.steps import Step
 from khod.core.views import EventView, StepView
 from khod.errors import DeadlinePassed, KhodError, UpdateFailed
 
@@ -55,6 +56,10 @@ class Update:
         hold_at: State | None = None,
         jump: str = "direct",
     ) -> None:
+        self.left_to_systemd = False
+        """The jump is PID 1's by now: what khod is told to end for, and what it must not undo."""
+        self._came_back = asyncio.Event()
+        self._why_back = ""
         self.id, self.machine, self.settings, self.boot = ident, machine, settings, boot
         self.broker = broker
         self.image, self.hold_at, self.jump = image, hold_at, jump
@@ -73,7 +78,7 @@ class Update:
         self.problems: list[str] = []
         self.reason = ""
         self._journal, self._events = journal, events
-        self._steps = [step(self) for step in STEPS]
+        self._steps = [step(self) for step in steps_for(self.jump)]
         self._begun: list[Step] = []
         self._go = asyncio.Event()
         self._task: asyncio.Task[State] | None = None
@@ -88,6 +93,24 @@ class Update:
     def against_order(self) -> list[Entry]:
         """The order of freezing: those that require others first (decision 12)."""
         return self.entries[::-1]
+
+    def sessions(self) -> list[int]:
+        """Every outgoing session, khod's own last; machine descriptors, borrowed."""
+        return [*(e.session for e in self.against_order()), self.outgoing.session]
+
+    def begun(self, kind: type[Step]) -> list[Step]:
+        """The steps of that kind that were begun."""
+        return [step for step in self._begun if isinstance(step, kind)]
+
+    def came_back(self, reason: str) -> None:
+        """The shutdown to which the jump was left does not happen: everything is undone."""
+        self._why_back = reason
+        self._came_back.set()
+
+    async def returned(self) -> str:
+        """Wait until `came_back`, usually for ever; the reason."""
+        await self._came_back.wait()
+        return self._why_back
 
     def plan(self) -> list[StepView]:
         """Every step, before any runs."""
@@ -108,6 +131,8 @@ class Update:
                 if reached is not None:
                     await self._reach(reached)
         except asyncio.CancelledError:
+            if self.left_to_systemd:  # PID 1 is on its way, with what would be taken from it
+                raise
             self.reason = "aborted by an operator" if self._aborting else "khod is being stopped"
             await self._undo_shielded()
             if not self._aborting:

@@ -12,7 +12,7 @@ import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from khod.errors import Refused
+from khod.errors import NotPermitted, Refused
 
 if TYPE_CHECKING:
     from jeepney import DBusAddress, Message
@@ -28,7 +28,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 
 def inhibit(why: str) -> int:
     """A delay inhibitor for shutdown: an owned descriptor, close-on-exec, that lets go of it when closed. logind waits for it
-    as long as InhibitDelayMaxSec= says. Raises Refused."""
+    as long as InhibitDelayMaxSec= says. Raises Refused where there is no logind, NotPermitted when it says no."""
     from jeepney import new_method_call
 
     call = new_method_call(_manager(), "Inhibit", "ssss", ("shutdown", "khod", why, "delay"))
@@ -47,8 +47,8 @@ def preparing() -> bool:
 
 
 async def shutdowns() -> AsyncIterator[bool]:
-    """What logind says with PrepareForShutdown, from now on: True that a shutdown begins, False that it does not happen after
-    all. Never ends: a bus that is not there, or goes away, is tried again."""
+    """Whether a shutdown is on its way, each time that logind says something about it (PrepareForShutdown): True that one
+    begins, False that it does not happen after all, or is done. Never ends: a bus that is not there is tried again."""
     pause = FIRST_PAUSE
     while True:
         try:
@@ -74,13 +74,11 @@ async def _shutdowns() -> AsyncIterator[bool]:
         await connection.send(message_bus.AddMatch(rule))
         # What was said before we listened is a property by now. It also decides what a signal means: anybody may send one
         # to us alone, past the rule, and only logind can change the property.
-        before = await _asked(connection)
-        if before:
+        if await _asked(connection):
             yield True
         while True:
-            if ours.matches(await connection.receive()) and (now := await _asked(connection)) != before:
-                before = now
-                yield now
+            if ours.matches(await connection.receive()):
+                yield await _asked(connection)
     finally:
         connection.writer.close()
 
@@ -104,6 +102,10 @@ async def _asked(connection: DBusConnection) -> bool:
 _BUS, _PATH, _INTERFACE = "org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager"
 
 
+_ABSENT = ("ServiceUnknown", "NameHasNoOwner", "Spawn.", "NoReply", "Timeout")
+"""What the bus itself answers, under org.freedesktop.DBus.Error., when nobody is there."""
+
+
 def _manager() -> DBusAddress:
     from jeepney import DBusAddress
 
@@ -111,7 +113,7 @@ def _manager() -> DBusAddress:
 
 
 def _call(message: Message, *, enable_fds: bool = False) -> tuple[Any, ...]:
-    """What logind answers. Raises Refused when it says no, or nothing."""
+    """What logind answers. Raises NotPermitted when it says no, Refused when it says nothing."""
     from jeepney import DBusErrorResponse
     from jeepney.io.blocking import open_dbus_connection
     from jeepney.wrappers import unwrap_msg
@@ -121,7 +123,10 @@ def _call(message: Message, *, enable_fds: bool = False) -> tuple[Any, ...]:
             answer: tuple[Any, ...] = unwrap_msg(connection.send_and_get_reply(message, timeout=ANSWER))
             return answer
     except DBusErrorResponse as error:
-        raise Refused(f"logind refused: {error.name}: {' '.join(map(str, error.data))}")
+        said = f"{error.name}: {' '.join(map(str, error.data))}"
+        if error.name.removeprefix("org.freedesktop.DBus.Error.").startswith(_ABSENT):
+            raise Refused(f"there is no logind: {said}")
+        raise NotPermitted(f"logind refused: {said}", hint="a shutdown may be under way: see `systemctl list-jobs`")
     except (OSError, EOFError, RuntimeError) as error:  # TimeoutError is an OSError, jeepney's AuthenticationError is not
         said = str(error) or type(error).__name__
         raise Refused(f"logind cannot be reached: {said}", hint="see `systemctl status systemd-logind dbus`")

@@ -63,6 +63,10 @@ class Systemd:
         """Whether PID 1 is on its way down, whoever asked for that. Raises DeadlinePassed when it does not say."""
         return self.present() and self._ask("is-system-running") == "stopping"
 
+    def coming(self) -> bool:
+        """Whether a kexec, or another shutdown, is under way. Raises DeadlinePassed when PID 1 does not say."""
+        return self._queued() or self.stopping()
+
     def kexec(self) -> None:
         """See the port."""
         if doubt := self.doubt():
@@ -83,8 +87,7 @@ class Systemd:
         what can be undone must be."""
         deadline = time.monotonic() + SETTLING
         while True:
-            job = self._ask("show", "kexec.target", "--property=Job", "--value")  # a number, or nothing, or an error
-            if job.isdecimal() and job != "0":
+            if self._queued():
                 return True
             try:
                 settled = not logind.preparing()
@@ -93,6 +96,10 @@ class Systemd:
             if settled or time.monotonic() > deadline:
                 return False
             time.sleep(0.1)
+
+    def _queued(self) -> bool:
+        job = self._ask("show", "kexec.target", "--property=Job", "--value")  # a number, or nothing, or an error
+        return job.isdecimal() and job != "0"
 
     def _ask(self, *arguments: str) -> str:
         """What systemctl answers to a question; its exit status is part of the answer. Raises DeadlinePassed."""

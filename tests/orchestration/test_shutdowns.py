@@ -32,6 +32,9 @@ class PidOne:
     def __init__(self, *says: bool | DeadlinePassed) -> None:
         self.says = list(says)
 
+    def coming(self) -> bool:
+        return self.stopping()
+
     def stopping(self) -> bool:
         said = self.says.pop(0) if len(self.says) > 1 else self.says[0]
         if isinstance(said, DeadlinePassed):
@@ -45,7 +48,7 @@ def test_logind_undoes_an_update_in_time(world: World, login: Logind) -> None:
         fd = world.memory()
         await world.register("vm", fd)
         held = await world.held(State.FROZEN)
-        watching = asyncio.create_task(undo_at_shutdown(world.host))
+        watching = asyncio.create_task(undo_at_shutdown(world.host, PidOne(False)))
         await asyncio.to_thread(login.listening.wait, 10)
         login.prepare(True)
         await asyncio.wait([held], timeout=10)

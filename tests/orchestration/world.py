@@ -147,8 +147,8 @@ class Guest:
 class World:
     """A host: one kernel at a time, khod on it, and processes that use memory."""
 
-    def __init__(self, directory: Path, memory: int = 256 * MIB, settings: Settings = QUICK) -> None:
-        self.directory = create(directory / "machine", memory=memory)
+    def __init__(self, directory: Path, memory: int = 256 * MIB, settings: Settings = QUICK, *, systemd: bool = False) -> None:
+        self.directory = create(directory / "machine", memory=memory, systemd=systemd)
         self.image = directory / "bzImage"
         self.image.write_bytes(build())
         self.settings = settings

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""khod as a process, started and heard as systemd does it, on the running kernel: where that has no live update, it idles."""
+"""khod as a process, started and heard as systemd does it, on a simulated machine."""
 
 from __future__ import annotations
 
@@ -10,22 +10,37 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CODE = "import khod.daemon; raise SystemExit(khod.daemon.main())"
 
 
+@contextmanager
+def powered(directory: Path) -> Iterator[Path]:
+    """A simulated machine, switched on; the directory that it lives in."""
+    there = directory / "machine"
+    argv = [sys.executable, "-m", "khod.simulated", str(there), "--memory", "64M", "--init", "sh", "-c", "echo up; exec cat"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "up\n"
+            yield there
+        finally:
+            process.kill()
+
+
 class Daemon:
-    """One khod. `before` is put before its command line."""
+    """One khod, in a directory with its machine. `before` is put before its command line."""
 
     def __init__(self, directory: Path, *, before: Sequence[str] = (), code: str = CODE, **environment: str) -> None:
         self.directory = directory
         self.socket = directory / "khod.sock"
         config = directory / "khod.yaml"
         if not config.exists():
-            config.write_text(f"socket: {self.socket}\nstate_directory: {directory}/state\n")
+            config.write_text(f"socket: {self.socket}\nmachine: simulated:{directory}/machine\n")
         runtime = directory / "runtime"
         runtime.mkdir(exist_ok=True)
         self.restored = runtime / "restored"
@@ -47,7 +62,7 @@ class Daemon:
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            self.process.kill()
+            self.process.kill()  # which nothing on its machine minds
         self.process.communicate()
         self._notified.close()
 

@@ -6,14 +6,28 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from khod.core.state import State
 from khod.supervision import ANSWERABLE, UNANSWERABLE
-from tests.unit.daemons import CODE, ROOT, Daemon
+from tests.unit.daemons import CODE, ROOT, Daemon, powered
 from tests.unit.test_house import tool
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with powered(tmp_path_factory.mktemp("powered")) as directory:
+        yield directory
+
+
+@pytest.fixture
+def place(tmp_path: Path, machine: Path) -> Path:
+    """A directory with a machine in it."""
+    (tmp_path / "machine").symlink_to(machine)
+    return tmp_path
 
 
 def answers(path: Path) -> bool:
@@ -25,8 +39,8 @@ def answers(path: Path) -> bool:
         return b"org.khod" in peer.recv(65536)
 
 
-def test_it_says_that_it_is_ready_lives_and_ends(tmp_path: Path) -> None:
-    with Daemon(tmp_path, WATCHDOG_USEC="400000") as khod:
+def test_it_says_that_it_is_ready_lives_and_ends(place: Path) -> None:
+    with Daemon(place, WATCHDOG_USEC="400000") as khod:
         assert not khod.restored.exists()
         khod.hear("READY=1")
         assert khod.restored.exists(), "whoever waits for READY=1 and asserts the file must find it"
@@ -39,17 +53,17 @@ def test_it_says_that_it_is_ready_lives_and_ends(tmp_path: Path) -> None:
     assert status == 0, said
 
 
-def test_a_watchdog_of_another_process_is_none_of_its_business(tmp_path: Path) -> None:
-    with Daemon(tmp_path, WATCHDOG_USEC="200000", WATCHDOG_PID="1") as khod:
+def test_a_watchdog_of_another_process_is_none_of_its_business(place: Path) -> None:
+    with Daemon(place, WATCHDOG_USEC="200000", WATCHDOG_PID="1") as khod:
         khod.hear("STATUS=idle")
         khod.end()
         khod.hear("STOPPING=1")
         assert "WATCHDOG=1" not in khod.heard
 
 
-def test_an_event_loop_that_stands_still_is_not_said_to_live(tmp_path: Path) -> None:
+def test_an_event_loop_that_stands_still_is_not_said_to_live(place: Path) -> None:
     code = f"import khod.core.host as h, time; h.Host.status = lambda self: time.sleep(60); {CODE}"
-    with Daemon(tmp_path, code=code, WATCHDOG_USEC="1000000") as khod:
+    with Daemon(place, code=code, WATCHDOG_USEC="1000000") as khod:
         khod.hear("READY=1")
         with socket.socket(socket.AF_UNIX) as peer:
             peer.connect(str(khod.socket))
@@ -66,93 +80,100 @@ def test_an_event_loop_that_stands_still_is_not_said_to_live(tmp_path: Path) -> 
             assert silent
 
 
-def test_a_second_khod_on_the_same_state_touches_nothing(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as first:
+def test_a_second_khod_on_the_same_state_touches_nothing(place: Path) -> None:
+    with Daemon(place) as first:
         first.hear("READY=1")
-        (tmp_path / "other").mkdir()
-        (tmp_path / "other/khod.yaml").write_text(f"socket: {tmp_path}/other/khod.sock\nstate_directory: {tmp_path}/state\n")
-        with Daemon(tmp_path / "other") as second:
+        (place / "other").mkdir()
+        (place / "other/khod.yaml").write_text(f"socket: {place}/other/khod.sock\nmachine: simulated:{place}/machine\n")
+        with Daemon(place / "other") as second:
             status, said = second.ended()
-        assert (status, f"another khod uses {tmp_path}/state" in said, "systemctl status khod" in said) == (3, True, True), said
-        assert not (tmp_path / "other/khod.sock").exists()
+        assert (status, f"another khod uses {place}/machine" in said, "systemctl status khod" in said) == (3, True, True), said
+        assert not (place / "other/khod.sock").exists()
         assert answers(first.socket)
         assert first.end()[0] == 0
-    with Daemon(tmp_path) as third:
+    with Daemon(place) as third:
         third.hear("READY=1")
 
 
-def test_a_socket_that_systemd_listens_with_is_used_and_stays(tmp_path: Path) -> None:
+def test_a_socket_that_systemd_listens_with_is_used_and_stays(place: Path) -> None:
     """systemd-socket-activate listens, and starts khod when somebody comes."""
-    config = tmp_path / "khod.yaml"
-    config.write_text(f"socket: {tmp_path}/khod.sock\nstate_directory: {tmp_path}/state\n")
+    config = place / "khod.yaml"
+    config.write_text(f"socket: {place}/khod.sock\nmachine: simulated:{place}/machine\n")
     program = f"import sys; sys.argv = ['khod', '--config', {str(config)!r}]; {CODE}"
-    argv = [tool("systemd-socket-activate"), f"--listen={tmp_path}/khod.sock", sys.executable, "-c", program]
+    argv = [tool("systemd-socket-activate"), f"--listen={place}/khod.sock", sys.executable, "-c", program]
     with subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
             assert "Listening on" in process.stderr.readline()
-            before = (tmp_path / "khod.sock").stat().st_ino
-            assert answers(tmp_path / "khod.sock")
+            before = (place / "khod.sock").stat().st_ino
+            assert answers(place / "khod.sock")
             process.terminate()
             _, said = process.communicate(timeout=20)
             assert process.returncode == 0, said
-            assert (tmp_path / "khod.sock").stat().st_ino == before
+            assert (place / "khod.sock").stat().st_ino == before
         finally:
             process.kill()
 
 
-def test_a_socket_that_is_not_the_configured_one_is_an_error(tmp_path: Path) -> None:
-    config = tmp_path / "khod.yaml"
-    config.write_text(f"socket: {tmp_path}/configured.sock\nstate_directory: {tmp_path}/state\n")
+def test_a_socket_that_is_not_the_configured_one_is_an_error(place: Path) -> None:
+    config = place / "khod.yaml"
+    config.write_text(f"socket: {place}/configured.sock\nmachine: simulated:{place}/machine\n")
     code = f"""
 import os, socket
-other = socket.socket(socket.AF_UNIX); other.bind({str(tmp_path / "other.sock")!r}); other.listen(1)
+other = socket.socket(socket.AF_UNIX); other.bind({str(place / "other.sock")!r}); other.listen(1)
 os.dup2(other.fileno(), 3); os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
 {CODE}"""
-    with Daemon(tmp_path, code=f"exec({code!r})") as khod:
+    with Daemon(place, code=f"exec({code!r})") as khod:
         status, said = khod.ended()
     assert status == 2
-    assert f"{tmp_path}/other.sock" in said
+    assert f"{place}/other.sock" in said
     assert "ListenStream=" in said
 
 
-@pytest.mark.parametrize(
-    ("mount", "said"),
-    [
-        ("mount -o remount,ro {state}", "cannot be written to: remount it read-write"),
-        ("head -c 10M /dev/zero >{state}/filler", "bytes left: free some"),
-    ],
-)
-def test_a_disk_that_takes_no_journal_is_told_and_stops_nobody_from_claiming(tmp_path: Path, mount: str, said: str) -> None:
-    """What came through a jump can be restored without a journal; no update can start."""
-    (tmp_path / "state").mkdir()
+def in_a_namespace(*command: str) -> list[str]:
+    """A command that a shell runs where mounts are nobody else's."""
     if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    prepare = f'mount -t tmpfs -o size=2M none {tmp_path}/state && {{ {mount.format(state=tmp_path / "state")}; exec "$@"; }}'
-    with Daemon(tmp_path, before=("unshare", "-Urm", "sh", "-c", prepare, "sh")) as khod:
+    return ["unshare", "-Urm", "sh", "-ec", *command]
+
+
+def test_a_read_only_disk_is_told_and_stops_nobody_from_claiming(place: Path) -> None:
+    """What came through a jump can be restored without a journal; no update can start."""
+    machine = (place / "machine").resolve()
+    prepare = f'mount --bind {machine} {machine}; mount -o remount,ro,bind {machine}; exec "$@"'
+    with Daemon(place, before=in_a_namespace(prepare, "sh")) as khod:
         khod.hear("READY=1")
         khod.hear("STATUS=idle: 0 instances; 1 problems")
         status, errors = khod.end()
-    assert (status, said in errors) == (0, True), errors
+    assert (status, "cannot be written to: remount it read-write" in errors) == (0, True), errors
 
 
-def test_a_state_directory_that_cannot_be_made_is_an_error_with_a_hint(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "khod.yaml").write_text(f"socket: {tmp_path}/khod.sock\nstate_directory: {tmp_path}/file/state\n")
-    with Daemon(tmp_path) as khod:
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    code = f"from khod.kernel.occupation import trouble; from pathlib import Path; print(trouble(Path({str(tmp_path)!r})))"
+    look = f'{sys.executable} -c "{code}"'
+    fill = f"mount -t tmpfs -o size=2M none {tmp_path}; {look}; head -c 1500K /dev/zero >{tmp_path}/filler; {look}"
+    done = subprocess.run(in_a_namespace(fill), capture_output=True, text=True, cwd=ROOT, timeout=30)
+    before, after = done.stdout.splitlines()
+    assert (before, f"of the state directory {tmp_path} has 561152 bytes left: free some" in after) == ("", True), done
+
+
+def test_a_state_directory_that_cannot_be_made_is_an_error_with_a_hint(place: Path) -> None:
+    (place / "file").touch()
+    (place / "khod.yaml").write_text(f"socket: {place}/khod.sock\nstate_directory: {place}/file/state\n")
+    with Daemon(place) as khod:
         status, said = khod.ended()
     assert (status, "[ENOTDIR]" in said, "set `state_directory`" in said) == (4, True, True), said
     assert not khod.socket.exists()
 
 
-def test_a_broken_configuration_names_file_and_key(tmp_path: Path) -> None:
-    (tmp_path / "khod.yaml").write_text("sockt: /run/khod.sock\n")
-    with Daemon(tmp_path) as khod:
+def test_a_broken_configuration_names_file_and_key(place: Path) -> None:
+    (place / "khod.yaml").write_text("sockt: /run/khod.sock\n")
+    with Daemon(place) as khod:
         status, said = khod.ended()
     assert status == 2
-    assert f"{tmp_path}/khod.yaml: there is no setting sockt" in said
+    assert f"{place}/khod.yaml: there is no setting sockt" in said
     assert "did you mean socket?" in said
-    assert not list((tmp_path / "runtime").iterdir())
+    assert not list((place / "runtime").iterdir())
 
 
 def test_every_state_that_khod_can_rest_in_is_one_or_the_other() -> None:

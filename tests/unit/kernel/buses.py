@@ -72,8 +72,8 @@ class Logind:
             self._connection.sock.shutdown(2)
         self._thread.join(10)
         self._connection.close()
-        for fd in self._held:
-            os.close(fd)
+        while self._held:
+            os.close(self._held.pop())
 
     def _serve(self) -> None:
         with suppress(OSError, ValueError):
