@@ -80,6 +80,8 @@ class Broker:
         self._heard: dict[str, Subscription] = {}
         """Who heard of the update under way and not yet how it ended, by handle."""
         self._question: Question | None = None
+        self._jump_before = 0
+        """The machine's monotonic clock, in ns, of the last question's limit."""
 
     # For clients
 
@@ -163,6 +165,15 @@ class Broker:
             if not subscription.handles:
                 subscription.end("its instances are unregistered, or claimed by others")
 
+    def check_asked(self, entry: Attended, phase: Phase) -> None:
+        """Whether this is being asked of the instance's client, and not answered. Raises Refused."""
+        question = self._question
+        if question is None or question.phase is not phase or entry.handle not in question.open:
+            raise Refused(
+                f"instance {entry.label}: not now: khod is {self._where()[0]}",
+                hint=f"ask after you heard {phase}, and before you answer it",
+            )
+
     # For the update
 
     def without_client(self, entries: Iterable[Entry]) -> list[Entry]:
@@ -171,10 +182,15 @@ class Broker:
 
     async def ask(self, phase: Phase, update: str, entries: Sequence[Entry], limit: float) -> dict[str, KhodError]:
         """Ask the clients of these instances, all at once, and wait at most `limit` seconds. Returns which instances failed, by
-        handle, and why. To 'commit', clients are promised twice the limit: see `khod.core.steps.Commit`."""
+        handle, and why.
+
+        To 'commit' clients promise to stand still for twice the limit: the jump begins in the first half or not at all
+        (`check_promise`), and the other half is the kernel's, which shuts down devices while user space still runs.
+        """
         assert self._question is None, "one question at a time"
         question = self._question = Question(phase, update, self._now())
         promised = 2 * limit if phase is Phase.COMMIT else limit
+        self._jump_before = question.asked_at + math.ceil(limit * 1e9)
         try:
             asked = [e.handle for e in entries if self._to_be_asked(question, e, promised)]
             self._tell(question.phase, update, asked, deadline=promised)
@@ -188,6 +204,15 @@ class Broker:
             self._question = None
         self._check_leases(question, entries)
         return question.failures
+
+    def check_promise(self) -> None:
+        """The last look before the jump. Raises DeadlinePassed when it is too late: a client that answered to 'commit' might go
+        on by itself before the kernel is gone. Nobody who could: no effect."""
+        if self._leases and (late := self._now() - self._jump_before) >= 0:
+            raise DeadlinePassed(
+                f"{late / 1e9:.1f} s too late to jump: clients that answered to {Phase.COMMIT} go on by themselves soon",
+                hint="the disk under khod's journal is slow, or a client is; raise `freezing`",
+            )
 
     async def executing(self, update: str, entries: Sequence[Entry], limit: float) -> list[Entry]:
         """Tell the clients of these instances that the jump is next, and wait at most `limit` seconds until they have taken it.

@@ -469,6 +469,55 @@ def test_leases_are_of_one_update() -> None:
     run(scenario)
 
 
+def test_the_jump_begins_within_the_first_half_of_what_clients_promised_or_not_at_all() -> None:
+    async def scenario(table: Table) -> None:
+        table.add("a")
+        client = caller()
+        table.now += 10**6 * S
+        table.broker.check_promise()  # nobody promised anything
+        stream = table.broker.subscribe(client, ["a"])
+        await hears(stream, "subscribed")
+        await quiesced(table, client, stream)
+        task = table.asking(Phase.COMMIT, 7)
+        assert (await hears(stream, "commit")).deadline > 13
+        table.broker.ready(client, UPDATE, "commit")
+        assert await task == {}
+        table.now += 7 * S - 1
+        table.broker.check_promise()
+        table.now += 1
+        with pytest.raises(DeadlinePassed, match="too late"):
+            table.broker.check_promise()
+        table.broker.aborted(UPDATE, "too late")
+        table.broker.check_promise()
+
+    run(scenario)
+
+
+def test_what_is_only_for_who_is_being_asked() -> None:
+    async def scenario(table: Table) -> None:
+        a, b = table.add("a", "b")
+        client = caller()
+        stream = table.broker.subscribe(client, ["a"])
+
+        def refused(thing: Thing, phase: Phase) -> bool:
+            try:
+                table.broker.check_asked(thing, phase)
+            except Refused:
+                return True
+            return False
+
+        assert refused(a, Phase.QUIESCE)
+        task = table.asking(Phase.QUIESCE)
+        await hears(stream, "subscribed", "quiesce")
+        assert [refused(a, p) for p in ANSWERED] == [True, False, True]
+        assert refused(b, Phase.QUIESCE)
+        table.broker.ready(client, UPDATE, "quiesce")
+        assert refused(a, Phase.QUIESCE)
+        await task
+
+    run(scenario)
+
+
 # Subscriptions
 
 
