@@ -136,7 +136,10 @@ def _shared(
 ) -> dict[str, tuple[Key, str]]:
     """Which of the files another instance has registered already, and allows to share (decision 6)."""
     stat = machine.files.stat
-    holders = {stat(fd).inode: (e, n) for e in registry for n, fd in e.fds.items() if n not in e.shares}
+    for entry in registry:
+        for n in entry.fds.keys() - entry.inodes.keys():
+            entry.inodes[n] = stat(entry.fds[n]).inode
+    holders = {e.inodes[n]: (e, n) for e in registry for n in e.fds if n not in e.shares}
     mine: dict[tuple[int, int], str] = {}
     shares: dict[str, tuple[Key, str]] = {}
     for fd_name, fd in fds.items():

@@ -81,6 +81,8 @@ class Entry:
     declaration: Declaration
     fds: dict[str, int]
     """Owned."""
+    inodes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """What its files are, as far as somebody asked: looking at all again for each registration would be quadratic."""
     state: InstanceState = InstanceState.REGISTERED
     problem: str = ""
     states: dict[str, StateArea] = field(default_factory=dict)
