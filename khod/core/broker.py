@@ -27,6 +27,7 @@ QUIET_AT_MOST = 3600.0
 REASON_AT_MOST = 300
 """Characters of a client's reason that are passed on."""
 _GONE = "its connection is gone"
+_CAME_THROUGH = (InstanceState.RESTORED, InstanceState.CLAIMED)
 _STOPPING = frozenset({State.FREEZING, State.FROZEN, State.EXECUTING, State.ABORTING})
 
 
@@ -48,6 +49,11 @@ class Attended(Protocol):
     @property
     def state(self) -> InstanceState:
         """Where it is."""
+        ...
+
+    @property
+    def session_name(self) -> str:
+        """Of its kernel session; '' when it has none."""
         ...
 
 
@@ -89,7 +95,8 @@ class Broker:
         """Everything that becomes of these instances. They are attended from now on: without a living subscriber they do not
         come along. The caller closes it.
 
-        Raises InvalidRequest for no or an unknown handle; Refused for one that has a subscriber, and while the workload is
+        What came through a jump and is not finished is told as 'restored' at once. Raises InvalidRequest for no or an unknown
+        handle; Refused for one that has a subscriber, and while the workload is
         being stopped: who comes then was not asked to stand still.
         """
         entries = self._own(caller, handles)
@@ -111,7 +118,7 @@ class Broker:
             self._subscriptions[entry.handle] = subscription
             if state.outgoing:
                 self._heard[entry.handle] = subscription
-        if restored := [e.handle for e in entries if e.state is InstanceState.RESTORED]:
+        if restored := [e.handle for e in entries if e.state in _CAME_THROUGH and e.session_name]:
             subscription.tell(_view(Phase.RESTORED, update, restored))
         return subscription
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from khod.core.blocking import blocking
 from khod.core.need import Need, reckon
 from khod.core.ports import Image, Machine
-from khod.core.registry import Entry
+from khod.core.registry import Entry, Grade
 from khod.core.settings import Settings
 from khod.errors import KhodError, MachineError
 
@@ -43,7 +43,7 @@ def _unsound(entries: Iterable[Entry]) -> list[str]:
         f"{e.name} is {e.state}: {e.problem} (`khoctl claim --unverified {e.name}` hands it out,"
         f" `khoctl unregister {e.name}` discards it)"
         for e in entries
-        if not e.state.sound or e.driver is None
+        if not e.state.sound or (e.driver is None and e.grade is Grade.REGISTERED)
     ]
 
 

@@ -28,6 +28,7 @@ from khod.core.instances import instance_view, new_entry, new_opaque
 from khod.core.journal import Journal
 from khod.core.keepers import Keepers, Watch
 from khod.core.ports import Image, Machine
+from khod.core.question import Phase
 from khod.core.registry import Entry, Grade, InstanceState, Registry
 from khod.core.service import Registration
 from khod.core.settings import Settings
@@ -377,11 +378,7 @@ class Host:
     async def states(self, caller: Caller, handle: str) -> Sequence[tuple[str, int]]:
         """See Service."""
         entry = self.registry.by_handle(caller, handle)
-        if self.state is not State.FREEZING or entry.state is not InstanceState.PRESERVED:
-            raise Refused(
-                f"the states of {entry.label} are not to be written now: khod is {self.state}",
-                hint="ask between 'quiesce' and your READY to it",
-            )
+        self.broker.check_asked(entry, Phase.QUIESCE)
         duplicate = self.machine.files.duplicate
         return [(bound.name, duplicate(entry.states[bound.name].fd)) for bound in entry.client_states]
 
@@ -390,14 +387,9 @@ class Host:
         entry = self.registry.by_handle(caller, handle)
         if entry.grade is not Grade.OPAQUE:
             raise Refused(f"{entry.label} is not opaque", hint="its descriptors are khod's to preserve")
-        update = self.last_update
-        if update is None or update.state is not State.PREPARING or entry not in update.entries or entry.session_name:
-            raise Refused(
-                f"{entry.label}: no session can be had now: khod is {self.state}",
-                hint="ask once, between 'preparing' and your READY to it",
-            )
-        await blocking(update.outgoing.create_session, entry)
-        return self.machine.files.duplicate(entry.session)
+        if self.last_update is None:
+            raise Refused(f"{entry.label}: no update is under way")
+        return await self.last_update.open_session(entry)
 
     # Service: updates
 

@@ -62,10 +62,14 @@ class Outgoing:
         memory = self.machine.memory
         return Tracker(ram=memory.ram(), scratch=memory.scratch(), max_order=self.settings.max_order)
 
+    def new_name(self) -> str:
+        """Of one more session."""
+        self._sessions += 1
+        return f"{SESSION}.{self.update}.{self._sessions}"
+
     def create_session(self, entry: Entry) -> None:
         """A session for an instance (decision 2). It is the entry's."""
-        self._sessions += 1
-        name = f"{SESSION}.{self.update}.{self._sessions}"
+        name = self.new_name()
         entry.session, entry.session_name = self.machine.liveupdate.create_session(name), name
 
     def create_states(self, entry: Entry) -> None:

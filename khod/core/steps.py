@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from khod.core.blocking import blocking, opening
 from khod.core.node import SESSION
 from khod.core.question import Phase
-from khod.core.registry import Entry, Grade, InstanceState, order
+from khod.core.registry import MAX_INSTANCES, Entry, Grade, InstanceState, order
 from khod.core.state import State
 from khod.errors import DeadlinePassed, KhodError, Refused, UpdateFailed
 
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from khod.core.update import Update
 
 logger = logging.getLogger(__name__)
+
+AT_ONCE = 4
+"""Instances that are preserved at once: the calls block, and who waits for a thread must not be taken for one that hangs."""
+HEARING = 1.0
+"""Seconds for which the jump waits for clients to take the news of it: everything stands still meanwhile."""
 
 
 class Step(ABC):
@@ -107,7 +112,7 @@ class PreserveInstances(Step):
 
     async def apply(self) -> None:
         generations = order(self.update.entries)
-        await each(self.update, generations, self._one, self.update.settings.preparing)
+        await each(self.update, generations, self._one, self.update.settings.preparing, at_once=AT_ONCE)
 
     async def _one(self, entry: Entry) -> None:
         update = self.update
@@ -273,8 +278,11 @@ class Execute(Step):
     async def apply(self) -> None:
         update = self.update
         update.journal_executing()
-        deaf = await update.broker.executing(update.id, update.entries, update.settings.freezing)
+        deaf = await update.broker.executing(update.id, update.entries, HEARING)
+        for entry in deaf:
+            update.say("problem", f"{entry.label}: its client did not take {Phase.EXECUTING!r} within {HEARING:g} s")
         await blocking(update.outgoing.write_stamp)
+        update.broker.check_promise()
         await self.jump(deaf)
 
     async def jump(self, deaf: list[Entry]) -> None:
@@ -304,29 +312,39 @@ def _attended(update: Update) -> int:
 
 
 async def each(
-    update: Update, generations: Iterable[list[Entry]], work: Callable[[Entry], Awaitable[None]], limit: float
+    update: Update,
+    generations: Iterable[list[Entry]],
+    work: Callable[[Entry], Awaitable[None]],
+    limit: float,
+    *,
+    at_once: int = MAX_INSTANCES,
 ) -> None:
-    """Do `work` for every entry that is still part of the update; generations one after the other, one's entries at once.
+    """Do `work` for every entry that is still part of the update; generations one after the other, one's entries at once, or
+    `at_once` of them. Each has `limit` seconds from its turn.
 
     A failure is the instance's own: `Update.instance_failed` decides whether it is the update's too.
     """
+    turns = asyncio.Semaphore(at_once)
     for generation in generations:
         present = [e for e in generation if e not in update.left_behind]
-        failures = await asyncio.gather(*(_bounded(update, e, work, limit) for e in present))
+        failures = await asyncio.gather(*(_bounded(update, e, work, limit, turns) for e in present))
         for entry, failure in zip(present, failures, strict=True):
             if failure is not None:
                 await update.instance_failed(entry, failure)
 
 
-async def _bounded(update: Update, entry: Entry, work: Callable[[Entry], Awaitable[None]], limit: float) -> KhodError | None:
-    started = update.machine.clock.stamp()
-    try:
-        async with asyncio.timeout(limit):
-            await work(entry)
-    except TimeoutError:
-        return DeadlinePassed(f"instance {entry.label}: no end within {limit:g} s")
-    except KhodError as error:
-        return error
+async def _bounded(
+    update: Update, entry: Entry, work: Callable[[Entry], Awaitable[None]], limit: float, turns: asyncio.Semaphore
+) -> KhodError | None:
+    async with turns:
+        started = update.machine.clock.stamp()
+        try:
+            async with asyncio.timeout(limit):
+                await work(entry)
+        except TimeoutError:
+            return DeadlinePassed(f"no end within {limit:g} s")
+        except KhodError as error:
+            return error
     update.instance_done(entry, started)
     return None
 

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from khod.core.blocking import blocking
+from khod.core.blocking import blocking, opening
 from khod.core.broker import Broker
 from khod.core.events import Broadcast
 from khod.core.journal import Journal
@@ -27,7 +27,7 @@ from khod.core.settings import Settings
 from khod.core.state import TRANSITIONS, State
 from khod.core.steps import Step
 from khod.core.views import EventView, StepView
-from khod.errors import DeadlinePassed, KhodError, UpdateFailed
+from khod.errors import DeadlinePassed, KhodError, Refused, UpdateFailed
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ class Update:
         self.left_behind: dict[Entry, str] = {}
         """Instances that do not come along, and why: optional ones, and those that ended meanwhile."""
         self._ended: list[Entry] = []
+        self._opened: set[Entry] = set()
+        """Opaque ones whose session was asked for."""
         self.outgoing = Outgoing(machine, settings, ident, boot.boot_id)
         self.ledger = Ledger()
         self.problems: list[str] = []
@@ -339,6 +341,21 @@ class Update:
             if not may_leave:
                 raise UpdateFailed(f"instance {entry.label}: {failure.message}", hint=failure.hint)
             await self.instance_failed(entry, failure)
+
+    async def open_session(self, entry: Entry) -> int:
+        """The kernel session of an opaque instance (decision 4), a descriptor owned by the caller: once, while its client is
+        asked 'preparing'. Raises Refused."""
+        self.broker.check_asked(entry, Phase.PREPARING)
+        if entry in self._opened:
+            raise Refused(f"{entry.label} has had its session in this update", hint="a session is handed out once an update")
+        self._opened.add(entry)
+        name = self.outgoing.new_name()
+        session = await opening(self.machine.files.close, self.machine.liveupdate.create_session, name)
+        if self.state is not State.PREPARING or entry in self.left_behind:  # given up while the kernel was at it
+            await blocking(self.machine.files.close, session)
+            raise Refused(f"{entry.label} does not come along any more", hint=f"the update is {self.state}")
+        entry.session, entry.session_name = session, name
+        return self.machine.files.duplicate(session)
 
     # Telling
 

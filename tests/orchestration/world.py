@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import khod_guestmemfd
 
 from khod.core.callers import Caller, Kind, Lifetime, Owner, Right
 from khod.core.host import Host
+from khod.core.question import ANSWERED
 from khod.core.registry import Entry
 from khod.core.service import Registration
 from khod.core.settings import Settings
 from khod.core.state import State
-from khod.core.views import EventView
-from khod.errors import UpdateFailed
+from khod.core.views import EventView, LifecycleView
+from khod.errors import Lost, UpdateFailed
 from khod.plugin import Declaration, Instance, Preserve, Request, StateBound, hookimpl
 from khod.plugin.manager import PluginManager
 from khod.simulated import Process, ProcessDied, create, machine
@@ -132,16 +134,49 @@ class Guest:
         self.listening = asyncio.create_task(self._listen())
 
     async def _listen(self) -> None:
-        async for view in self.subscription:
-            self.log.append(view.phase)
-            if view.phase in ("preparing", "quiesce", "commit") and view.phase not in self.silent:
-                await self.host.ready(self.me, view.update, view.phase)
+        with suppress(Lost):  # the subscription ended by itself
+            async for view in self.subscription:
+                self.log.append(view.phase)
+                await self.hear(view)
+
+    async def hear(self, view: LifecycleView) -> None:
+        """Answer."""
+        if view.phase in ANSWERED and view.phase not in self.silent:
+            await self.host.ready(self.me, view.update, view.phase)
 
     async def leave(self) -> None:
         """Say goodbye."""
         self.listening.cancel()
         await asyncio.wait([self.listening])
         await self.subscription.aclose()  # type: ignore[attr-defined]
+
+
+Hear: TypeAlias = Callable[["Scripted", LifecycleView], Awaitable[None]]
+
+
+class Scripted(Guest):
+    """A client that does something of its own when it hears certain phases, and answers all others."""
+
+    def __init__(self, *instances: str, **scripts: Hear) -> None:
+        super().__init__(*instances)
+        self.scripts = scripts
+        self.views: list[LifecycleView] = []
+
+    async def hear(self, view: LifecycleView) -> None:
+        self.views.append(view)
+        if view.phase in self.scripts:
+            await self.scripts[view.phase](self, view)
+        else:
+            await super().hear(view)
+
+    def heard(self, phase: str) -> LifecycleView:
+        return next(v for v in self.views if v.phase == phase)
+
+
+async def settled() -> None:
+    """Everybody's turn to hear of it."""
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 class World:
