@@ -223,18 +223,18 @@ class Broker:
 
     async def executing(self, update: str, entries: Sequence[Entry], limit: float) -> list[Entry]:
         """Tell the clients of these instances that the jump is next, and wait at most `limit` seconds until they have taken it.
-        Returns those whose client did not."""
-        told = self._tell(Phase.EXECUTING, update, [e.handle for e in entries])
+        Returns those whose client did not, or is not there: one who stands still by time need not be."""
+        clients = {e.handle: self._living(e.handle) for e in entries}
+        told = self._tell(Phase.EXECUTING, update, clients)
         waiting = {asyncio.create_task(s.read()): s for s in told}
-        if not waiting:
-            return []
         try:
-            done, late = await asyncio.wait(waiting, timeout=limit)
+            if waiting:
+                await asyncio.wait(waiting, timeout=limit)
         finally:
             for task in waiting:
                 task.cancel()
-        deaf = {waiting[t] for t in late} | {waiting[t] for t in done if not t.result()}
-        return [e for e in entries if self._heard.get(e.handle) in deaf]
+        heard = {s for task, s in waiting.items() if task.done() and not task.cancelled() and task.result()}
+        return [e for e in entries if (e.handle in self._leases or clients[e.handle]) and clients[e.handle] not in heard]
 
     def aborted(self, update: str, reason: str, entries: Iterable[Attended] | None = None) -> None:
         """Tell whoever heard of the update, and was not told yet, that it is over for their instances; `entries` None: for

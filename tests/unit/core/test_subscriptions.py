@@ -14,7 +14,7 @@ from khod.core.registry import InstanceState
 from khod.core.state import State
 from khod.core.subscription import BACKLOG
 from khod.errors import InvalidRequest, Lost, Refused
-from tests.unit.core.table import UPDATE, Link, Table, caller, hang_up, hears, run
+from tests.unit.core.table import UPDATE, Link, Table, caller, hang_up, hears, quiesced, run
 
 # Subscriptions
 
@@ -224,6 +224,13 @@ def test_executing_is_waited_for_until_it_is_taken_and_no_longer() -> None:
         await asyncio.sleep(0)
         await deaf.aclose()
         assert await asyncio.wait_for(gone, 5) == [b], "who is gone has not taken it"
+        client = caller()
+        stream = table.broker.subscribe(client, ["c"])
+        await hears(stream, "subscribed")
+        table.things = {"c": c}
+        await quiesced(table, client, stream, quiet_for=100)
+        await stream.aclose()
+        assert await table.broker.executing(UPDATE, [a, c], 3600) == [c], "nor has who stands still by time and does not listen"
 
     run(scenario)
 
