@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from khod.simulated.inode import OpenFile
-from khod.simulated.luo import Incoming, LiveUpdate, Outgoing
+from khod.simulated.luo import LiveUpdate, Outgoing
 from khod.simulated.systemd import Label, Systemd, absent
 from khod.simulated.task import Cgroup, Table, Task
 
@@ -173,17 +173,12 @@ class Custodian:
         return task.install(self._table.files[self._sessions[text].fd])
 
     def retrieve_fd(self, task: Task, session: int, token: int) -> int:
-        """Likewise. A session that somebody else retrieved is held from now on."""
+        """Likewise. Of a session that is not held here, the kernel gives it to the caller alone, or says why not."""
         self._reach(task)
         inode = self.luo.session(task, session)
-        if not isinstance(inode, Incoming):
-            raise OSError(errno.EINVAL, "an outgoing session gives nothing back")
-        name = inode.name.decode("utf-8", "surrogateescape")
-        if name not in self._sessions:
-            self._need(1)
-            self._sessions[name] = Session(self._table.install(task.lookup(session)))
-            self._store(("session", name), self._sessions[name].fd)
-        held = self._sessions[name]
+        held = self._sessions.get(inode.name.decode("utf-8", "surrogateescape"))
+        if held is None or self._table.files[held.fd].inode is not inode:
+            return self.luo.retrieve_fd(task, session, token)
         if token not in held.files:
             self._need(1, stored=False)
             held.files[token] = self.luo.retrieve_fd(self.twins[0], held.fd, token)

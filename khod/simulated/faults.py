@@ -103,6 +103,11 @@ class Faults:
         finally:
             self._records.remove(record)
 
+    @property
+    def pending(self) -> bool:
+        """Whether something is still to go wrong."""
+        return bool(self._pending)
+
     def clear(self) -> None:
         """Nothing goes wrong any more."""
         self._pending.clear()

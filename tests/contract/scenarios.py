@@ -245,9 +245,10 @@ def _kept_after(machine: Machine, rig: Rig, known: Remembered) -> None:
     with pytest.raises(errors.TokenUnknown):
         live.retrieve_fd(session, 7)
     # The kernel gives it once, and the custodian is not the kernel.
-    rig.raw.retrieve_session("contract.taken")
+    session = rig.raw.retrieve_session("contract.taken")
     with pytest.raises(errors.SessionTaken):
         live.retrieve_session("contract.taken")
+    live.retrieve_fd(session, 0)
     assert "contract.taken" not in custody.sessions()
 
 

@@ -206,6 +206,11 @@ class World:
         await self.host.start()
         return self.host
 
+    def power_cut(self) -> None:
+        """The machine is reset in the middle of whatever it does, and boots from its disk."""
+        self.kernel.power_off()
+        self.boot()
+
     def kill(self, *victims: Process) -> None:
         """SIGKILL, all at once."""
         self.workload.kill(*(victim.pid for victim in victims))
