@@ -206,7 +206,7 @@ class Custodian:
         """Outgoing sessions into PID 1's store, everything else out of it."""
         self._reach(task)
         if self.systemd is None:
-            raise absent("offer")
+            raise absent("offer: systemd is not PID 1 here")
         files: dict[str, OpenFile] = {}
         for fd in sessions:
             inode = self.luo.session(task, fd)

@@ -232,7 +232,7 @@ class Kernel:
             *(host.store_read, host.store_append, host.store_cut, host.sync),
             *(kexec.load, kexec.load_old, kexec.unload, kexec.loaded, kexec.command_line),
             *(self._preserve_fd, self._execute, self._listing, self._kill, self._inject, self._limit_memory),
-            *(self._manager_present, self._manager_inhibit, self._manager_kexec),
+            *(self._manager_present, self._manager_doubt, self._manager_inhibit, self._manager_kexec),
         )
         raw: dict[str, Call] = {
             "kernel_retrieve_session": luo.retrieve_session,  # past the custodian
@@ -273,18 +273,22 @@ class Kernel:
         """Whether PID 1 is a systemd."""
         return self.systemd is not None
 
+    def _manager_doubt(self, task: Task) -> str:
+        """Why it would not carry its store across a jump."""
+        return "systemd is not PID 1 here" if self.systemd is None else self.systemd.doubt
+
     def _manager_inhibit(self, task: Task, why: str) -> int:
         """A delay inhibitor of logind's."""
         if self.systemd is None:
-            raise absent("inhibit")
+            raise absent("inhibit: systemd is not PID 1 here")
         return self.systemd.inhibit(task, why)
 
     def _manager_kexec(self, task: Task) -> None:
         """systemctl kexec. PID 1 stops everybody, the caller first of all: here the call does not return any more. When the
         kernel then refuses to jump (a fault of `execute`), PID 1 resets the machine."""
         systemd = self.systemd
-        if systemd is None:
-            raise absent("kexec")
+        if systemd is None or systemd.doubt:
+            raise absent(f"kexec: {self._manager_doubt(task)}")
         if self.kexec.image is None:
             raise OSError(errno.EINVAL, "no image is loaded")
         self._end_all()

@@ -5,7 +5,7 @@
 Contracts are those of the Protocols. The calls that faults can be injected into bear the names of the methods, except
 ``window`` (one for each that `Frames.windows` yields), ``frames`` (`Frames.pages`), ``memory_read`` (`Memory.read`),
 ``store_read``, ``store_append`` and ``store_cut`` (`Store`), ``command_line`` (`Kexec.running_cmdline`), and
-``manager_present`` (also for `ServiceManager.doubt`), ``manager_inhibit`` and ``manager_kexec`` (`ServiceManager`). Retrieving
+``manager_present``, ``manager_doubt``, ``manager_inhibit`` and ``manager_kexec`` (`ServiceManager`). Retrieving
 goes through the custodian, as `Custody` says; `KernelLiveUpdate` makes the kernel's own calls.
 """
 
@@ -285,7 +285,7 @@ class ServiceManager(_Port):
         return bool(self._call("PID 1", "manager_present"))
 
     def doubt(self) -> str:
-        return "" if self.present() else "systemd is not PID 1 here"
+        return str(self._call("PID 1", "manager_doubt"))
 
     def inhibit(self, why: str) -> int:
         return int(self._call("logind", "manager_inhibit", why))

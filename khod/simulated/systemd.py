@@ -44,6 +44,8 @@ class Systemd:
     """Descriptors of PID 1's, by label."""
     store_max: int = 524_288
     """FileDescriptorStoreMax= of the custodian's unit."""
+    doubt: str = ""
+    """Why it does not carry its store into the next kernel, as one before 261; '' when it does."""
     inhibitors: list[str] = field(default_factory=list)
     """Reasons of those who hold off a shutdown now."""
 
@@ -112,5 +114,5 @@ class Systemd:
 
 
 def absent(what: str) -> OSError:
-    """What a call fails with on a machine without systemd."""
-    return OSError(errno.ENXIO, f"{what}: there is no systemd here")
+    """What a call fails with that needs a systemd."""
+    return OSError(errno.ENXIO, what)

@@ -321,6 +321,17 @@ def test_a_jump_that_fails_behind_everybody_is_a_cold_boot(big: Kernel, tmp_path
     booted.power_off()
 
 
+def test_a_pid_1_that_does_not_carry_its_store_does_not_jump(big: Kernel) -> None:
+    khod = big.spawn("khod")
+    assert big.systemd is not None
+    assert machine(khod).manager.doubt() == ""
+    big.systemd.doubt = "systemd 255 does not carry its store"
+    assert "255" in machine(khod).manager.doubt()
+    with pytest.raises(errors.Refused, match="255"):
+        machine(khod).manager.kexec()
+    assert machine(khod).custody.kept() == []
+
+
 def test_pid_1_refuses_to_jump_without_an_image(big: Kernel) -> None:
     khod = big.spawn("khod")
     with pytest.raises(errors.NothingLoaded):
