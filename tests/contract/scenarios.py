@@ -265,6 +265,8 @@ def _release_after(machine: Machine, rig: Rig, known: Remembered) -> None:
         held, third = live.retrieve_fd(session, 0), live.retrieve_fd(session, 2)
         if finished:
             live.finish(session)
+            again = live.retrieve_fd(session, 0)  # the kernel has no such token any more, and custody keeps the file
+            assert machine.files.read(again, 0, 4) == b"held"
         machine.files.close(session)
         before = machine.memory.figures().available
         custody.release(name)
