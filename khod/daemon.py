@@ -16,6 +16,7 @@ from pathlib import Path
 
 from khod import __version__, config
 from khod.api.listening import inherited, listen
+from khod.api.peers import Processes
 from khod.core.host import Host
 from khod.core.ports import Machine
 from khod.core.settings import Settings
@@ -64,7 +65,8 @@ async def serve(configuration: config.Config, notifier: Notifier) -> int:
     answerable = Answerable()
     answerable.say(State.RESTORING)
     machine = open_machine(configuration)
-    host = Host(machine, core_settings(configuration), PluginManager())
+    processes = Processes(asyncio.get_running_loop())
+    host = Host(machine, core_settings(configuration), PluginManager(), processes.watch)
     notifier.status("Looking for what the previous kernel left")
     state = await host.start()
     if reason:
@@ -81,6 +83,7 @@ async def serve(configuration: config.Config, notifier: Notifier) -> int:
         rules=configuration.policy,
         limits=configuration.limits,
         stays=passed is not None,
+        processes=processes,
     ):
         answerable.say(state)
         notifier.tell("READY=1")
@@ -132,6 +135,9 @@ def core_settings(configuration: config.Config) -> Settings:
         sample_pages=configuration.verification.pages,
         sample_budget=configuration.verification.budget_ms / 1000,
         full=configuration.verification.full,
+        quota_instances=configuration.quotas.instances,
+        quota_descriptors=configuration.quotas.descriptors,
+        quota_bytes=configuration.quotas.bytes,
     )
 
 

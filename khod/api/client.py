@@ -13,13 +13,24 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import msgspec
 
 from khod.api.raising import error_of
 from khod.api.wire import INTERFACE
-from khod.core.views import ClaimView, EventView, ImageView, InspectionView, InstanceView, PlanView, StatusView, UpdateView
+from khod.core.views import (
+    ClaimView,
+    EventView,
+    ImageView,
+    InspectionView,
+    InstanceView,
+    LifecycleView,
+    PlanView,
+    RegisteredView,
+    StatusView,
+    UpdateView,
+)
 from khod.errors import FormatError, Lost, NotPermitted
 
 MAX_ANSWER = 64 << 20
@@ -45,11 +56,25 @@ def dial(path: Path, timeout: float | None = None) -> socket.socket:
         sock.connect(str(path))
     except PermissionError:
         sock.close()
-        raise NotPermitted(f"the socket {path} may not be used", hint="only root may talk to khod: try again with sudo")
+        raise NotPermitted(
+            f"the socket {path} may not be used", hint="try again with sudo, or have a rule of khod's policy let you in"
+        )
     except OSError as error:
         sock.close()
         raise Lost(f"khod does not answer at {path}: {error.strerror or error}", hint="is it running? systemctl status khod")
     return sock
+
+
+class Asked(TypedDict, total=False):
+    """What can be asked of a registration, beside name, driver and descriptors."""
+
+    required: bool
+    requires: Sequence[str]
+    options: Mapping[str, str]
+    lifetime: str
+    states: Sequence[tuple[str, int]]
+    """Names, and the most bytes of each."""
+    shareable: bool
 
 
 class Client:
@@ -75,40 +100,24 @@ class Client:
         """khod in one look."""
         return _view(self._ask("GetStatus"), "status", StatusView)
 
-    def register(
-        self,
-        name: str,
-        driver: str,
-        fds: Sequence[tuple[str, int]],
-        *,
-        required: bool = True,
-        requires: Sequence[str] = (),
-        options: Mapping[str, str] | None = None,
-    ) -> InstanceView:
+    def register(self, name: str, driver: str, fds: Sequence[tuple[str, int]], **asked: Unpack[Asked]) -> RegisteredView:
         """Register an instance; `fds` are names and descriptors of this process, which stay its own."""
         described = [{"name": fd_name, "fd": index} for index, (fd_name, _) in enumerate(fds)]
-        parameters = _instance(name, driver, described, required, requires, options)
-        return _view(self._ask("Register", parameters, [fd for _, fd in fds]), "instance", InstanceView)
+        parameters = {"name": name, "driver": driver, "fds": described, **_asked(asked)}
+        return _registered(self._ask("Register", parameters, [fd for _, fd in fds]))
 
-    def adopt(
-        self,
-        name: str,
-        driver: str,
-        pid: int,
-        fds: Sequence[tuple[str, int]],
-        *,
-        required: bool = True,
-        requires: Sequence[str] = (),
-        options: Mapping[str, str] | None = None,
-    ) -> InstanceView:
+    def adopt(self, name: str, driver: str, pid: int, fds: Sequence[tuple[str, int]], **asked: Unpack[Asked]) -> RegisteredView:
         """Register an instance whose descriptors (names and numbers) khod takes from the process `pid`."""
         described = [{"name": fd_name, "number": number} for fd_name, number in fds]
-        parameters = _instance(name, driver, described, required, requires, options) | {"pid": pid}
-        return _view(self._ask("Adopt", parameters), "instance", InstanceView)
+        return _registered(self._ask("Adopt", {"name": name, "driver": driver, "pid": pid, "fds": described, **_asked(asked)}))
 
-    def unregister(self, name: str) -> None:
+    def register_opaque(self, name: str, lifetime: str = "connection") -> RegisteredView:
+        """Register an instance whose session its client fills by itself."""
+        return _registered(self._ask("RegisterOpaque", {"name": name, "lifetime": lifetime}))
+
+    def unregister(self, name: str = "", *, owner: str = "", handle: str = "") -> None:
         """Forget an instance."""
-        self._ask("Unregister", {"name": name})
+        self._ask("Unregister", {"name": name, "owner": owner, "handle": handle})
 
     def instances(self) -> Sequence[InstanceView]:
         """All of them, by name."""
@@ -123,20 +132,46 @@ class Client:
         """What an update would do now."""
         return _view(self._ask("Plan"), "plan", PlanView)
 
-    def update(self, hold_at: str | None = None) -> Iterator[EventView]:
+    def update(self, hold_at: str | None = None, *, jump: str = "") -> Iterator[EventView]:
         """Start an update, now, and follow it. Leaving early does not stop it; the connection is of no more use then.
 
         The iterator raises Refused before its first event when the update may not start, UpdateFailed when it was undone,
         and Lost when the connection ends first, as it does at the jump.
         """
-        self._send("Update", {} if hold_at is None else {"hold_at": hold_at}, more=True)
-        return self._events()
+        self._send("Update", {"jump": jump} | ({} if hold_at is None else {"hold_at": hold_at}), more=True)
+        return self._events(EventView)
 
-    def _events(self) -> Iterator[EventView]:
+    def subscribe(self, handles: Sequence[str]) -> Iterator[LifecycleView]:
+        """What becomes of these instances, from now on; the connection is of no other use."""
+        self._send("Subscribe", {"handles": list(handles)}, more=True)
+        return self._events(LifecycleView)
+
+    def ready(self, update: str, phase: str, handles: Sequence[str] = (), *, quiet_for: float = 0.0) -> None:
+        """The answer to 'preparing', 'quiesce' or 'commit'."""
+        answered = {"update": update, "phase": phase, "handles": list(handles)}
+        self._ask("Ready", answered | ({"quiet_for": quiet_for} if quiet_for else {}))
+
+    def failed(self, update: str, phase: str, handles: Sequence[str] = (), reason: str = "") -> None:
+        """The other answer."""
+        self._ask("Failed", {"update": update, "phase": phase, "handles": list(handles), "reason": reason})
+
+    def states(self, handle: str) -> dict[str, int]:
+        """The state memfds of an instance that is asked to stand still, by name, owned by the caller."""
+        self._send("GetStates", {"handle": handle})
+        with self._answer() as (parameters, fds, _):
+            return dict(_received(_view(parameters, "states", list[_Sent]), fds))
+
+    def open_session(self, handle: str) -> int:
+        """A kernel session for an opaque instance, owned by the caller."""
+        self._send("OpenSession", {"handle": handle})
+        with self._answer() as (parameters, fds, _):
+            return _received([_Sent("session", _view(parameters, "session", int))], fds)[0][1]
+
+    def _events(self, kind: type[V]) -> Iterator[V]:
         continues = True
         while continues:
             with self._answer() as (parameters, _, continues):
-                event = _view(parameters, "event", EventView) if parameters.get("event") is not None else None
+                event = _view(parameters, "event", kind) if parameters.get("event") is not None else None
             if event is not None:
                 yield event
 
@@ -148,16 +183,29 @@ class Client:
         """Undo the update under way; the state reached."""
         return _view(self._ask("Abort"), "state", str)
 
-    def claim(self, name: str, *, unverified: bool = False) -> ClaimView:
+    def claim(self, name: str, *, owner: str = "", lifetime: str | None = None, unverified: bool = False) -> ClaimView:
         """An instance's descriptors, close-on-exec and owned by the caller, or why there are none."""
-        self._send("Claim", {"name": name, "unverified": unverified})
-        with self._answer() as (parameters, fds, _):
-            answer = _view(parameters, "claim", _ClaimAnswer)
-            if sorted(entry.fd for entry in answer.fds) != list(range(len(fds))):
-                raise FormatError(f"khod's answer names {len(answer.fds)} descriptors and brings {len(fds)}")
-            ordered = [fds[entry.fd] for entry in answer.fds]
-            fds.clear()
-        return ClaimView(answer=answer.answer, reason=answer.reason, names=[entry.name for entry in answer.fds], fds=ordered)
+        parameters = {"name": name, "owner": owner, "unverified": unverified}
+        self._send("Claim", parameters | ({} if lifetime is None else {"lifetime": lifetime}))
+        with self._answer() as (answer, fds, _):
+            claim = _view(answer, "claim", _ClaimAnswer)
+            received = _received(claim.fds, fds)
+        return ClaimView(
+            answer=claim.answer,
+            reason=claim.reason,
+            names=[name for name, _ in received],
+            fds=[fd for _, fd in received],
+            states=claim.states,
+            handle=claim.handle,
+        )
+
+    def finished(self, handle: str) -> None:
+        """The claimant has taken over."""
+        self._ask("Finished", {"handle": handle})
+
+    def discard(self, name: str, *, owner: str = "") -> None:
+        """Let go, for good, of something that came through a jump."""
+        self._ask("Discard", {"name": name, "owner": owner})
 
     def finish(self) -> Sequence[str]:
         """End the update that brought us here; what nobody claimed."""
@@ -236,6 +284,8 @@ class _ClaimAnswer(msgspec.Struct):
     answer: str
     reason: str
     fds: list[_Sent]
+    states: list[str]
+    handle: str
 
 
 def _gone(error: OSError) -> Lost:
@@ -259,19 +309,20 @@ def _view(parameters: Mapping[str, Any], name: str, kind: type[V]) -> V:
         raise FormatError(f"khod's answer is not what it must be: {name}: {error}")
 
 
-def _instance(
-    name: str,
-    driver: str,
-    fds: Sequence[Mapping[str, object]],
-    required: bool,
-    requires: Sequence[str],
-    options: Mapping[str, str] | None,
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "driver": driver,
-        "fds": list(fds),
-        "required": required,
-        "requires": list(requires),
-        "options": dict(options or {}),
-    }
+def _registered(answer: Mapping[str, Any]) -> RegisteredView:
+    return RegisteredView(instance=_view(answer, "instance", InstanceView), handle=_view(answer, "handle", str))
+
+
+def _received(sent: Sequence[_Sent], fds: list[int]) -> list[tuple[str, int]]:
+    """Descriptors with their names, taken out of `fds`. Raises FormatError, and takes none, when they do not match."""
+    if sorted(entry.fd for entry in sent) != list(range(len(fds))) or len({entry.name for entry in sent}) != len(fds):
+        raise FormatError(f"khod's answer names {len(sent)} descriptors and brings {len(fds)}")
+    received = [(entry.name, fds[entry.fd]) for entry in sent]
+    fds.clear()
+    return received
+
+
+def _asked(asked: Asked) -> dict[str, Any]:
+    """What is asked for beyond the defaults, as parameters."""
+    states = [{"name": name, "size": size} for name, size in asked.get("states", ())]
+    return {**asked, "states": states, "requires": list(asked.get("requires", ())), "options": dict(asked.get("options", {}))}

@@ -244,7 +244,7 @@ class ProcessPresence(Presence):
 
 
 class Processes:
-    """The processes that are connected, and those that something hangs on: a descriptor for each, however often it comes."""
+    """Processes that are connected, and those that something hangs on: a descriptor for each, however often it comes."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -265,6 +265,17 @@ class Processes:
                 self._by_pid[peer.pid] = known
         known.connections += 1
         return known
+
+    def watch(self, pid: int) -> ProcessPresence | None:
+        """The presence of any process, by its number; None when there is none. It is given up when nothing hangs on it by the
+        time that the loop comes round."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            return None
+        found = self.enter(Peer(pid, -1, frozenset(), "", "", pidfd))
+        self._loop.call_soon(self.leave, found)
+        return found if found.there else None
 
     def _forget(self, pid: int) -> None:
         self._by_pid.pop(pid, None)

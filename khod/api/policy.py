@@ -22,12 +22,20 @@ RIGHTS: Mapping[str, Right] = {
     "Register": Right.INSTANCES,
     "Unregister": Right.INSTANCES,
     "Claim": Right.INSTANCES,
+    "Finished": Right.INSTANCES,
+    "Subscribe": Right.INSTANCES,
+    "Ready": Right.INSTANCES,
+    "Failed": Right.INSTANCES,
+    "GetStates": Right.INSTANCES,
+    "RegisterOpaque": Right.OPAQUE,
+    "OpenSession": Right.OPAQUE,
     "Load": Right.OPERATE,
     "Update": Right.OPERATE,
     "Continue": Right.OPERATE,
     "Abort": Right.OPERATE,
     "Finish": Right.OPERATE,
     "Adopt": Right.ADMINISTER,
+    "Discard": Right.ADMINISTER,
 }
 """What a caller of a method of the interface must be allowed to do. A method without a row is nobody's."""
 

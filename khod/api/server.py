@@ -51,15 +51,16 @@ async def serve(
     rules: Sequence[Rule] = (),
     limits: Limits | None = None,
     stays: bool = False,
+    processes: Processes | None = None,
 ) -> AsyncIterator[Server]:
     """Serve `service` on the unix socket `path` for the length of the context; `listener` is what `listen` made there before,
-    and is owned from here on. `rules` are the policy's.
+    and is owned from here on. `rules` are the policy's; `processes` those that are watched already, if any are.
 
     On the way out calls that are under way are cancelled, connections closed, and the socket removed unless it `stays`,
     since somebody else listens with it as well.
     Raises Refused when somebody else answers there, InvalidRequest and MachineError when it cannot be made.
     """
-    server = Server(service, files, listener or listen(path, everybody=bool(rules)), rules, limits or Limits())
+    server = Server(service, files, listener or listen(path, everybody=bool(rules)), rules, limits or Limits(), processes)
     try:
         yield server
     finally:
@@ -71,13 +72,21 @@ async def serve(
 class Server:
     """Accepts connections on `sock`, which it owns, until `aclose`. Make it inside a running loop."""
 
-    def __init__(self, service: Service, files: Bridge, sock: socket.socket, rules: Sequence[Rule], limits: Limits) -> None:
+    def __init__(
+        self,
+        service: Service,
+        files: Bridge,
+        sock: socket.socket,
+        rules: Sequence[Rule],
+        limits: Limits,
+        processes: Processes | None,
+    ) -> None:
         self._service, self._files, self._sock, self._rules = service, files, sock, rules
         self._loop = asyncio.get_running_loop()
         self._shared = Shared(limits, Calls(), HangUps(self._loop), Audit())
         self._connections: set[Connection] = set()
         self._crowds: dict[int, Crowd] = {}
-        self._processes = Processes(self._loop)
+        self._processes = processes or Processes(self._loop)
         # Of its own: a database of users that does not answer must hold up nobody but those who connect.
         self._databases = ThreadPoolExecutor(max_workers=1, thread_name_prefix="khod-peers")
         self._meeting: set[asyncio.Task[None]] = set()

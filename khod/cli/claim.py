@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from khod.cli import output
-from khod.cli.command import Json, khod, reporting
+from khod.cli.command import Json, Owner, khod, reporting
 from khod.core.views import ClaimView
 from khod.errors import Held, InvalidRequest, MachineError
 
@@ -27,6 +27,15 @@ def claim(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The instance.", show_default=False)],
     command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="What to run.", show_default=False)],
+    owner: Owner = "",
+    lifetime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIFETIME",
+            help="Of the instance from now on: persistent, process (that of COMMAND); the one that it had if not given.",
+            show_default=False,
+        ),
+    ] = None,
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Hand it out even if khod cannot vouch for its memory. This is recorded.")
     ] = False,
@@ -35,7 +44,8 @@ def claim(
     """Run COMMAND with an instance's descriptors.
 
     COMMAND takes khoctl's place. Descriptors are passed as systemd passes sockets: they are 3 and following, LISTEN_FDS
-    says how many, LISTEN_FDNAMES their names with ":" between, LISTEN_PID to whom. Nothing is run when the instance did
+    says how many, LISTEN_FDNAMES their names with ":" between, LISTEN_PID to whom. KHOD_STATES are those of the names that are
+    states of its client, KHOD_HANDLE is for khoctl finished. Nothing is run when the instance did
     not come (exit status 9: start it from disk), or came and must not be started (exit status 8: a second life would
     ruin its disk).
 
@@ -44,13 +54,23 @@ def claim(
         khoctl claim vm1 -- /usr/local/bin/start-vm --memory-fd 3
     """
     # Before the claim: what is handed out to a command that does not exist is handed out to nobody.
+    if lifetime == "connection":
+        raise InvalidRequest("khoctl's connection ends when COMMAND begins", hint="--lifetime process is COMMAND's")
     program = shutil.which(command[0])
     if program is None:
         raise InvalidRequest(f"there is no command {command[0]!r}", hint="nothing was claimed")
     with khod(context) as client:
-        view = client.claim(name, unverified=unverified)
+        view = client.claim(name, owner=owner, lifetime=lifetime, unverified=unverified)
         if json:
-            output.print_json({"answer": view.answer, "reason": view.reason, "names": view.names})
+            output.print_json(
+                {
+                    "answer": view.answer,
+                    "reason": view.reason,
+                    "names": view.names,
+                    "states": view.states,
+                    "handle": view.handle,
+                }
+            )
         if view.answer == "fds":
             execute(program, command, view)
     if view.answer == "cold":
@@ -69,6 +89,8 @@ def execute(program: str, command: Sequence[str], view: ClaimView) -> NoReturn:
         "LISTEN_FDS": str(len(view.fds)),
         "LISTEN_FDNAMES": ":".join(name.replace(":", "-") for name in view.names),
         "LISTEN_PID": str(os.getpid()),
+        "KHOD_STATES": ":".join(name.replace(":", "-") for name in view.states),
+        "KHOD_HANDLE": view.handle,
     }
     try:
         os.execve(program, list(command), {**os.environ, **passed})

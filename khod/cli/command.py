@@ -18,6 +18,13 @@ from khod.errors import KhodError
 P = ParamSpec("P")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON, an error too.")]
+Owner = Annotated[
+    str,
+    typer.Option(
+        "--owner", metavar="OWNER", help="Whose it is, as user:NAME or unit:NAME. Needed where two have one of that name.",
+        show_default=False,
+    ),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

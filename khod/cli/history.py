@@ -11,7 +11,7 @@ from khod.cli import output, show
 from khod.cli.command import Json, khod, reporting
 from khod.errors import InvalidRequest
 
-EVERY = 1 << 31
+EVERY = (1 << 31) - 1
 
 
 @reporting

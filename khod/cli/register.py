@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
+from khod.api.client import Asked
 from khod.cli import output, show
 from khod.cli.command import Json, khod, reporting
+from khod.config import size
 from khod.errors import InvalidRequest
 
 DEFAULT_NAME = "ram"
@@ -31,31 +33,75 @@ def register(
     requires: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="An instance that it cannot be without. May be given again.")
     ] = None,
+    lifetime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIFETIME",
+            help="What keeps it registered: persistent (until khoctl unregister; the default of --memfd-fd), "
+            "or process (that of --pid; its default).",
+            show_default=False,
+        ),
+    ] = None,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SIZE", help="A state that its client will write, at most so large. May be given again."),
+    ] = None,
+    shareable: Annotated[
+        bool, typer.Option("--shareable", help="Others may register the same memory, if they say so too.")
+    ] = False,
     option: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="For the driver. May be given again.")] = None,
     json: Json = False,
 ) -> None:
     """Register memory that shall come through an update. Touches nothing in the kernel.
 
-    Descriptors have names, by which they are claimed: the first is "ram" unless it is given another, the next "ram1".
+    It belongs to who runs khoctl. Descriptors have names, by which they are claimed: the first is "ram" unless it is given
+    another, the next "ram1".
 
     \b
     Example:
         khoctl register vm1 --pid "$(pidof qemu-system-x86_64)" --fd 12
-        khoctl register vm1 --memfd-fd ram=5 --requires net0
+        khoctl register vm1 --memfd-fd ram=5 --requires net0 --state devices=64K
     """
     inherited, adopted = _named(memfd_fd or []), _named(fd or [])
-    options = dict(_pair(text) for text in option or [])
+    asked = Asked(
+        required=not optional,
+        requires=requires or [],
+        options=dict(_pair(text) for text in option or []),
+        lifetime=_lifetime(lifetime, bool(pid)),
+        states=[_state(text) for text in state or []],
+        shareable=shareable,
+    )
     if bool(inherited) == bool(adopted) or bool(adopted) != bool(pid):
         raise InvalidRequest("which descriptors?", hint="give --memfd-fd N, or --pid PID and --fd N")
     with khod(context) as client:
-        if adopted:
-            view = client.adopt(name, driver, pid, adopted, required=not optional, requires=requires or [], options=options)
-        else:
-            view = client.register(name, driver, inherited, required=not optional, requires=requires or [], options=options)
+        made = (
+            client.adopt(name, driver, pid, adopted, **asked) if adopted else client.register(name, driver, inherited, **asked)
+        )
     if json:
-        output.print_json(view)
+        output.print_json(made)
     else:
-        show.instance(view)
+        show.instance(made.instance)
+        output.print_pairs([("handle", made.handle)])
+
+
+def _lifetime(given: str | None, of_process: bool) -> str:
+    if given is None:
+        return "process" if of_process else "persistent"
+    if given == "connection" or (given == "process" and not of_process):
+        raise InvalidRequest(f"khoctl cannot keep an instance of lifetime {given!r} registered: it ends", hint="persistent")
+    return given
+
+
+def _state(text: str) -> tuple[str, int]:
+    name, _, bytes_ = text.rpartition("=")
+    try:
+        return name or _no_state(text), size(bytes_)
+    except ValueError:
+        return _no_state(text)
+
+
+def _no_state(text: str) -> NoReturn:
+    raise InvalidRequest(f"{text!r} is no state", hint="NAME=SIZE, where SIZE is bytes, or has K, M or G behind it")
 
 
 def _named(texts: list[str]) -> list[tuple[str, int]]:

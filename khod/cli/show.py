@@ -63,11 +63,14 @@ def instances(views: Sequence[InstanceView]) -> None:
     if not views:
         say("nothing is registered")
         return
-    headers = ("name", "driver", "state", "size", "required", "owner", "requires", "problem")
+    headers = ("name", "owner", "driver", "grade", "state", "size", "required", "lifetime", "keeper", "problem")
     rows = [
-        (v.name, v.driver, v.state, size(v.size), "yes" if v.required else "no", v.owner, ",".join(v.requires), v.problem)
+        (
+            v.name, v.owner, v.driver, v.grade, v.state + (", orphan" if v.orphan else ""), size(v.size),
+            "yes" if v.required else "no", v.lifetime, v.keeper, v.problem,
+        )
         for v in views
-    ]
+    ]  # fmt: skip
     print_table(headers, rows, right=("size",))
 
 
@@ -76,13 +79,18 @@ def instance(view: InstanceView) -> None:
     print_pairs(
         [
             ("name", view.name),
-            ("driver", f"{view.driver} [{view.compatible}]"),
-            ("state", view.state),
+            ("driver", f"{view.driver} [{view.compatible}]" if view.driver else ""),
+            ("grade", "opaque: contents unknown" if view.grade == "opaque" else ""),
+            ("state", view.state + (f" since {moment(view.since)}" if view.since else "")),
+            ("orphan", "nobody has claimed it" if view.orphan else ""),
             ("size", size(view.size)),
             ("descriptors", ", ".join(view.fds)),
             ("required", "yes" if view.required else "no: an update may leave it behind"),
             ("requires", ", ".join(view.requires)),
             ("owner", view.owner),
+            ("lifetime", view.lifetime),
+            ("kept by", view.keeper),
+            ("attended", "yes: its client must answer" if view.attended else ""),
             ("problem", view.problem),
             *view.detail.items(),
         ]

@@ -27,6 +27,9 @@ def update(
         str | None,
         typer.Option(metavar="STATE", help=f"Stop there, and leave: {', '.join(HOLDABLE)}.", show_default=False),
     ] = None,
+    jump: Annotated[
+        str, typer.Option(metavar="WAY", help="direct, or systemd; what is configured if not given.", show_default=False)
+    ] = "",
     json: Json = False,
 ) -> None:
     """Preserve what is registered, and jump into the kernel that was loaded.
@@ -42,7 +45,7 @@ def update(
         if dry_run:
             _dry_run(client, json)
         else:
-            _update(client, hold_at, json)
+            _update(client, hold_at, jump, json)
 
 
 def _dry_run(client: Client, json: bool) -> None:
@@ -55,11 +58,11 @@ def _dry_run(client: Client, json: bool) -> None:
         raise typer.Exit(Refused.exit_status)
 
 
-def _update(client: Client, hold_at: str | None, json: bool) -> None:
+def _update(client: Client, hold_at: str | None, jump: str, json: bool) -> None:
     state = ""
     with _shown(json) as shown:
         try:
-            for event in client.update(hold_at):
+            for event in client.update(hold_at, jump=jump):
                 shown(event)
                 state = event.state
                 if event.kind == "held":

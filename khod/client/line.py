@@ -6,14 +6,13 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from khod.api.client import Client, dial
-from khod.core.views import LifecycleView
 from khod.errors import FormatError
 
 
@@ -78,42 +77,6 @@ class Line(Client):
         with self._answer() as (given, fds, _):
             claim = _converted(given.get("claim"), Claim)
             return claim, _named(claim.fds, fds)
-
-    def finished(self, handle: str) -> None:
-        """Say that the claimant has taken over."""
-        self._ask("Finished", {"handle": handle})
-
-    def subscribe(self, handles: Sequence[str]) -> Iterator[LifecycleView]:
-        """What becomes of these instances; the connection is of no other use from here on."""
-        self._send("Subscribe", {"handles": list(handles)}, more=True)
-        continues = True
-        while continues:
-            with self._answer() as (parameters, _, continues):
-                view = _converted(parameters.get("event"), LifecycleView) if parameters.get("event") is not None else None
-            if view is not None:
-                yield view
-
-    def ready(self, update: str, phase: str, handles: Sequence[str]) -> None:
-        """Answer READY for these; it holds while this connection is open (decision 13)."""
-        self._ask("Ready", {"update": update, "phase": phase, "handles": list(handles)})
-
-    def failed(self, update: str, phase: str, handles: Sequence[str], reason: str) -> None:
-        """Answer FAILED for these."""
-        self._ask("Failed", {"update": update, "phase": phase, "handles": list(handles), "reason": reason})
-
-    def states(self, handle: str) -> dict[str, int]:
-        """The state memfds of an instance that is asked to stand still, owned by the caller."""
-        self._send("GetStates", {"handle": handle})
-        with self._answer() as (given, fds, _):
-            return _named(_converted(given.get("states"), list[Sent]), fds)
-
-    def session(self, handle: str) -> int:
-        """The kernel session of an opaque instance, owned by the caller."""
-        self._send("OpenSession", {"handle": handle})
-        with self._answer() as (given, fds, _):
-            if given.get("session") != 0 or len(fds) != 1:
-                raise FormatError(f"khod's answer brings {len(fds)} descriptors where one session was asked for")
-            return fds.pop()
 
 
 def _named(sent: Sequence[Sent], fds: list[int]) -> dict[str, int]:

@@ -377,7 +377,7 @@ class Participant:
                 states[name] = {state: StateWriter(state, fd) for state, fd in fds.items()}
             if view.phase == "preparing" and mine.opaque and name not in self._sessions:
                 handle = mine.handle
-                self._sessions[name] = self._call(lambda line, handle=handle: line.session(handle))  # type: ignore[misc]
+                self._sessions[name] = self._call(lambda line, handle=handle: line.open_session(handle))  # type: ignore[misc]
         sessions = {name: fd for name, fd in self._sessions.items() if name in meant}
         return Notice(
             update=view.update, instances=tuple(meant), until=until, reason=view.reason, states=states, sessions=sessions

@@ -41,7 +41,7 @@ def _unsound(entries: Iterable[Entry]) -> list[str]:
     """Decision 7: what came through and cannot be registered again would be lost silently by the next jump."""
     return [
         f"{e.name} is {e.state}: {e.problem} (`khoctl claim --unverified {e.name}` hands it out,"
-        f" `khoctl unregister {e.name}` discards it)"
+        f" `khoctl discard {e.name}` lets go of it)"
         for e in entries
         if not e.state.sound or (e.driver is None and e.grade is Grade.REGISTERED)
     ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from khod.core.callers import Caller, Lifetime
+from khod.core.callers import Caller, Lifetime, Owner, Presence, Right
 from khod.core.service import Registration, Service
 from khod.core.state import State
 from khod.core.views import (
@@ -28,7 +29,7 @@ from khod.core.views import (
     StepView,
     UpdateView,
 )
-from khod.errors import BadDescriptor, FdNotPreservable, InvalidRequest, NotAKernel, Refused, UpdateFailed
+from khod.errors import BadDescriptor, FdNotPreservable, InvalidRequest, NotAKernel, NotPermitted, Refused, UpdateFailed
 
 
 class FakeFiles:
@@ -55,10 +56,16 @@ class FakeFiles:
         os.close(self.table.pop(fd))
 
 
-@dataclass
+@dataclass(eq=False)
 class Held:
+    owner: Owner
     view: InstanceView
     fds: list[int]
+    handle: str
+    asked: Registration | None = None
+    """None for an opaque one."""
+    told: asyncio.Queue[LifecycleView | None] | None = None
+    """Of its subscriber."""
 
 
 class FakeService:
@@ -67,7 +74,12 @@ class FakeService:
     def __init__(self, files: FakeFiles) -> None:
         self.files = files
         self.state = State.IDLE
-        self.held: dict[str, Held] = {}
+        self.held: dict[tuple[str, str], Held] = {}
+        """By owner and name."""
+        self.answers: list[tuple[str, ...]] = []
+        """READY and FAILED, as they came."""
+        self.jumps: list[str] = []
+        """How each update was to jump."""
         self.image: ImageView | None = None
         self.updates: list[UpdateView] = []
         self.fails = ""
@@ -86,10 +98,31 @@ class FakeService:
 
     def forget(self) -> None:
         """Everything that is registered."""
+        for held in list(self.held.values()):
+            self._drop(held)
+
+    def of(self, name: str) -> Held:
+        """The only one of that name."""
+        (held,) = [held for held in self.held.values() if held.view.name == name]
+        return held
+
+    def came_through(self) -> None:
+        """As if after a jump: everything is restored, nobody holds it, and handles are void."""
+        self.state = State.RESTORED
         for held in self.held.values():
+            held.view = replace(held.view, state="restored", keeper="")
+            held.handle = f"old-{held.handle}"
+
+    def tell(self, name: str, view: LifecycleView | None) -> None:
+        """The subscriber of an instance; None ends it."""
+        told = self.of(name).told
+        assert told is not None
+        told.put_nowait(view)
+
+    def _drop(self, held: Held) -> None:
+        if self.held.pop((str(held.owner), held.view.name), None) is not None:
             for fd in held.fds:
                 self.files.close(fd)
-        self.held.clear()
 
     async def status(self) -> StatusView:
         return StatusView(
@@ -100,28 +133,25 @@ class FakeService:
         )  # fmt: skip
 
     async def register(self, caller: Caller, asked: Registration, fds: Sequence[tuple[str, int]]) -> RegisteredView:
-        name, driver = asked.name, asked.driver
         try:
-            if driver == "broken":
+            if asked.driver == "broken":
                 raise ZeroDivisionError("a bug")
-            if driver != "guestmemfd":
-                raise InvalidRequest(f"no driver is called {driver!r}", hint="known is guestmemfd")
-            if name in self.held:
-                raise Refused(f"{name} is registered already", hint="unregister it first")
+            if asked.driver != "guestmemfd":
+                raise InvalidRequest(f"no driver is called {asked.driver!r}", hint="known is guestmemfd")
             sizes = [os.fstat(self.files.table[fd]).st_size for _, fd in fds]
             if not sizes:
                 raise FdNotPreservable("nothing was given")
+            view = self._view(caller, asked.name, asked.lifetime)
         except BaseException:
             for _, fd in fds:
                 self.files.close(fd)
             raise
-        view = InstanceView(
-            name=name, driver=driver, compatible="khod,guestmemfd-v1", owner=str(caller.owner), required=asked.required,
-            requires=tuple(asked.requires), state="registered", size=sum(sizes), fds=tuple(fd_name for fd_name, _ in fds),
-            detail=dict(asked.options),
+        names = (*(name for name, _ in fds), *(state.name for state in asked.states))
+        view = replace(
+            view, driver=asked.driver, compatible="khod,guestmemfd-v1", required=asked.required, requires=tuple(asked.requires),
+            size=sum(sizes), fds=names, detail=dict(asked.options) | ({"shareable": "yes"} if asked.shareable else {}),
         )  # fmt: skip
-        self.held[name] = Held(view, [fd for _, fd in fds])
-        return RegisteredView(instance=view, handle=f"handle of {name}")
+        return self._hold(caller, view, [fd for _, fd in fds], asked)
 
     async def adopt(self, caller: Caller, asked: Registration, pid: int, fds: Sequence[tuple[str, int]]) -> RegisteredView:
         if pid != os.getpid():
@@ -130,41 +160,111 @@ class FakeService:
         return await self.register(caller, asked, taken)
 
     async def register_opaque(self, caller: Caller, name: str, lifetime: Lifetime) -> RegisteredView:
-        raise Refused("not here")
+        return self._hold(caller, replace(self._view(caller, name, lifetime), grade="opaque"), [], None)
+
+    def _view(self, caller: Caller, name: str, lifetime: Lifetime) -> InstanceView:
+        if (str(caller.owner), name) in self.held:
+            raise Refused(f"{name} is registered already", hint="unregister it first")
+        if lifetime is Lifetime.PERSISTENT and not caller.may(Right.OPERATE):
+            raise NotPermitted("a persistent instance takes the right to operate")
+        keeper = "" if lifetime is Lifetime.PERSISTENT else f"process {caller.pid}"
+        return InstanceView(
+            name=name, driver="", compatible="", owner=str(caller.owner), required=True, requires=(), state="registered",
+            size=0, fds=(), lifetime=lifetime, keeper=keeper,
+        )  # fmt: skip
+
+    def _hold(self, caller: Caller, view: InstanceView, fds: list[int], asked: Registration | None) -> RegisteredView:
+        held = Held(caller.owner, view, fds, secrets.token_hex(16), asked)
+        self.held[str(caller.owner), view.name] = held
+        self._keep(held, caller.keeper(Lifetime(view.lifetime)))
+        return RegisteredView(instance=view, handle=held.handle)
+
+    def _keep(self, held: Held, keeper: Presence | None) -> None:
+        if keeper is not None:
+            keeper.on_end(lambda: self._drop(held))
+
+    def _find(self, caller: Caller, name: str, owner: str = "", handle: str = "") -> Held:
+        if handle:
+            found = [held for held in self.held.values() if held.handle == handle]
+        else:
+            found = [held for held in self.held.values() if held.view.name == name]
+            mine = [held for held in found if str(held.owner) == (owner or str(caller.owner))]
+            found = mine or ([] if owner else found)
+        if not found:
+            raise InvalidRequest(f"no instance is called {handle or name!r}", hint="khoctl instances lists them")
+        if len(found) > 1:
+            raise InvalidRequest(f"{len(found)} are called {name!r}")
+        if found[0].owner != caller.owner and not caller.may(Right.ADMINISTER):
+            raise NotPermitted(f"{name or 'that'} is another's")
+        return found[0]
+
+    async def unregister(self, caller: Caller, name: str = "", *, owner: str = "", handle: str = "") -> None:
+        held = self._find(caller, name, owner, handle)
+        if held.view.state == "restored":
+            raise Refused(f"{held.view.name} came through a jump and is not claimed", hint="khoctl discard")
+        self._drop(held)
 
     async def finished(self, caller: Caller, handle: str) -> None:
-        raise Refused("not here")
+        held = self._find(caller, "", handle=handle)
+        held.view = replace(held.view, state="registered")
 
     async def discard(self, caller: Caller, name: str, *, owner: str = "") -> None:
-        await self.unregister(caller, name)
+        self._drop(self._find(caller, name, owner))
 
     async def subscribe(self, caller: Caller, handles: Sequence[str]) -> AsyncIterator[LifecycleView]:
-        raise Refused("not here")
+        found = [self._find(caller, "", handle=handle) for handle in handles]
+        if any(held.told for held in found):
+            raise Refused("there is a subscriber")
+        told: asyncio.Queue[LifecycleView | None] = asyncio.Queue()
+        told.put_nowait(LifecycleView(phase="subscribed", update="", handles=tuple(handles), reason=self.state))
+        for held in found:
+            held.told = told
+        return self._lifecycle(found, told)
+
+    async def _lifecycle(self, found: list[Held], told: asyncio.Queue[LifecycleView | None]) -> AsyncIterator[LifecycleView]:
+        try:
+            while (view := await told.get()) is not None:
+                yield view
+        finally:
+            for held in found:
+                held.told = None
 
     async def ready(
         self, caller: Caller, update: str, phase: str, handles: Sequence[str] = (), *, quiet_for: float = 0.0
     ) -> None:
-        raise Refused("not here")
+        names = [self._find(caller, "", handle=handle).view.name for handle in handles]
+        self.answers.append(("ready", update, phase, *names, str(quiet_for)))
 
     async def failed(self, caller: Caller, update: str, phase: str, handles: Sequence[str], reason: str) -> None:
-        raise Refused("not here")
+        names = [self._find(caller, "", handle=handle).view.name for handle in handles]
+        self.answers.append(("failed", update, phase, *names, reason))
 
     async def states(self, caller: Caller, handle: str) -> Sequence[tuple[str, int]]:
-        raise Refused("not here")
+        held = self._find(caller, "", handle=handle)
+        if held.asked is None or not held.asked.states:
+            raise Refused(f"{held.view.name} has no states")
+        made = []
+        for state in held.asked.states:
+            real = os.memfd_create(state.name, os.MFD_CLOEXEC)
+            os.truncate(real, state.size + 8)
+            made.append((state.name, self.files.adopt(real)))
+        held.fds += [self.files.duplicate(fd) for _, fd in made]
+        return made
 
     async def open_session(self, caller: Caller, handle: str) -> int:
-        raise Refused("not here")
-
-    async def unregister(self, caller: Caller, name: str = "", *, owner: str = "", handle: str = "") -> None:
-        for fd in self._find(name).fds:
-            self.files.close(fd)
-        del self.held[name]
+        held = self._find(caller, "", handle=handle)
+        if held.view.grade != "opaque" or held.fds:
+            raise Refused(f"{held.view.name} gets no session")
+        fd = self.files.adopt(os.memfd_create("session", os.MFD_CLOEXEC))
+        held.fds.append(self.files.duplicate(fd))
+        held.view = replace(held.view, fds=("session",))
+        return fd
 
     async def instances(self) -> Sequence[InstanceView]:
         self.listed += 1
         if self.shown:
             return self.shown
-        return tuple(self.held[name].view for name in sorted(self.held))
+        return tuple(self.held[key].view for key in sorted(self.held))
 
     async def load(self, kernel: str, initrd: str = "", cmdline: str | None = None) -> ImageView:
         if not kernel.endswith("bzImage"):
@@ -187,6 +287,9 @@ class FakeService:
             raise Refused("no kernel is loaded", hint="khoctl load KERNEL")
         if self._running is not None and not self._running.done():
             raise Refused("an update is under way")
+        if jump not in ("", "direct", "systemd"):
+            raise InvalidRequest(f"{jump!r} is no way to jump")
+        self.jumps.append(jump)
         events: asyncio.Queue[EventView | None] = asyncio.Queue(100)
         self._go.clear()
         self._aborting = False
@@ -231,7 +334,7 @@ class FakeService:
         return UpdateView(
             update="u1", started=1_700_000_000_000_000_000, outcome=outcome, reason=reason, from_release="7.3.0",
             to_release="7.3.1", spans=(SpanView(phase="preparing", instance="", seconds=1.25, uncertainty=0.01),),
-            instances=tuple(self.held), left_behind=(), checked="16 pages of each",
+            instances=tuple(name for _, name in self.held), left_behind=(), checked="16 pages of each",
         )  # fmt: skip
 
     async def proceed(self) -> None:
@@ -256,25 +359,39 @@ class FakeService:
         lifetime: Lifetime | None = None,
         unverified: bool = False,
     ) -> ClaimView:
-        if name not in self.held:
+        if unverified and not caller.may(Right.ADMINISTER):
+            raise NotPermitted("that takes the right to administer")
+        try:
+            held = self._find(caller, name, owner)
+        except NotPermitted as refusal:
+            return ClaimView(answer="hold", reason=refusal.message)
+        except InvalidRequest:
             return ClaimView(answer="cold", reason=f"no instance {name} came")
-        held = self.held[name]
         if held.view.problem and not unverified:
             return ClaimView(answer="hold", reason=held.view.problem)
-        held.view = replace(held.view, state="claimed", owner=str(caller.owner))
+        states = tuple(state.name for state in held.asked.states) if held.asked else ()
         fds = [self.files.duplicate(fd) for fd in held.fds]
-        return ClaimView(answer="fds", reason="", names=tuple(held.view.fds), fds=tuple(fds))
+        names = tuple(held.view.fds)[: len(fds)]
+        if held.view.state == "restored":
+            held.handle = secrets.token_hex(16)
+            held.view = replace(held.view, lifetime=lifetime or held.view.lifetime)
+            self._keep(held, caller.keeper(Lifetime(held.view.lifetime)))
+        held.view = replace(held.view, state="claimed")
+        return ClaimView(
+            answer="fds", reason="", names=names, fds=tuple(fds), states=tuple(n for n in states if n in names),
+            handle=held.handle,
+        )  # fmt: skip
 
     def damage(self, name: str) -> None:
         """From now on `name` is damaged."""
-        held = self.held[name]
+        held = self.of(name)
         held.view = replace(held.view, state="damaged", problem="frame 5 is not where it was")
 
     async def finish(self) -> Sequence[str]:
-        damaged = [name for name, held in self.held.items() if held.view.problem]
+        damaged = [held.view.name for held in self.held.values() if held.view.problem]
         if damaged:
             raise Refused(f"{damaged[0]} is damaged")
-        return tuple(name for name, held in self.held.items() if held.view.state != "claimed")
+        return tuple(held.view.name for held in self.held.values() if held.view.state != "claimed")
 
     async def history(self, limit: int = 20) -> Sequence[UpdateView]:
         return tuple(self.updates[:limit])
@@ -284,11 +401,6 @@ class FakeService:
             source="outgoing", tree='/dts-v1/;\n\n/ {\n    compatible = "linux-kho,v1";\n};\n', map_address=0x12345000,
             map_pages=174, map_sha256="cd" * 32, orders=(OrderView(order=9, folios=3, bitmaps=1, bytes=6 << 20),),
         )  # fmt: skip
-
-    def _find(self, name: str) -> Held:
-        if name not in self.held:
-            raise InvalidRequest(f"no instance is called {name!r}", hint="khoctl instances lists them")
-        return self.held[name]
 
 
 def _is_a_service(fake: FakeService) -> Service:

@@ -6,8 +6,11 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +24,17 @@ from khod.api import faults, raising
 from khod.api.client import Client, connect
 from khod.api.host import HostInterface
 from khod.api.listening import listen
+from khod.core.callers import Lifetime
+from khod.core.driver import StateBound
+from khod.core.service import Registration
 from khod.core.state import State
+from khod.core.views import LifecycleView
 from khod.errors import FdNotPreservable, InvalidRequest, KhodError, Lost, MachineError, NotAKernel, Refused, UpdateFailed
 from tests.integration.api.served import Served, served
 
 DOCS = Path(__file__).parents[3] / "docs"
 PAGE = 4096
+ME = pwd.getpwuid(os.getuid()).pw_name
 
 
 @contextmanager
@@ -67,13 +75,13 @@ def test_views_arrive_as_they_were_made(khod: Served, client: Client) -> None:
 
 def test_registering_brings_the_file_and_says_who_asked(khod: Served, client: Client) -> None:
     with memfd(b"a" * PAGE) as ram, memfd(b"b" * 2 * PAGE) as rom:
-        view = client.register("vm1", "guestmemfd", [("ram", ram), ("rom", rom)])
+        view = client.register("vm1", "guestmemfd", [("ram", ram), ("rom", rom)]).instance
         assert (view.owner, view.size, list(view.fds)) == (
-            f"user:{pwd.getpwuid(os.getuid()).pw_name}",
+            f"user:{ME}",
             3 * PAGE,
             ["ram", "rom"],
         )
-        (first, second) = khod.service.held["vm1"].fds
+        (first, second) = khod.service.of("vm1").fds
         reals = khod.files.table
         assert os.path.samestat(os.fstat(reals[first]), os.fstat(ram))
         assert os.path.samestat(os.fstat(reals[second]), os.fstat(rom))
@@ -82,7 +90,7 @@ def test_registering_brings_the_file_and_says_who_asked(khod: Served, client: Cl
 
 def test_adoption(client: Client) -> None:
     with memfd() as fd:
-        view = client.adopt("vm1", "guestmemfd", os.getpid(), [("ram", fd)], required=False)
+        view = client.adopt("vm1", "guestmemfd", os.getpid(), [("ram", fd)], required=False).instance
         assert (view.size, view.required) == (PAGE, False)
         with pytest.raises(InvalidRequest, match=r"no process 1$"):
             client.adopt("vm2", "guestmemfd", 1, [("ram", fd)])
@@ -117,6 +125,133 @@ def test_unregister_and_finish(khod: Served, client: Client) -> None:
     assert list(client.finish()) == ["vm1"]
     client.unregister("vm1")
     assert khod.files.table == {}
+
+
+def test_what_is_asked_of_a_registration_arrives(khod: Served, client: Client) -> None:
+    with memfd() as fd:
+        made = client.register(
+            "vm1", "guestmemfd", [("ram", fd)], required=False, requires=["net"], options={"a": "b"}, lifetime="persistent",
+            states=[("vcpus", 100), ("devices", 0)], shareable=True,
+        )  # fmt: skip
+    assert khod.service.of("vm1").asked == Registration(
+        name="vm1", required=False, requires=("net",), options={"a": "b"}, lifetime=Lifetime.PERSISTENT,
+        states=(StateBound("vcpus", 100), StateBound("devices", 0)), shareable=True,
+    )  # fmt: skip
+    assert made.handle == khod.service.of("vm1").handle
+    for wrong, complaint in (
+        ({"lifetime": "for ever"}, "'for ever' is no lifetime"),
+        ({"states": [{"name": "a", "size": -1}]}, "size cannot be -1"),
+        ({"states": [{"name": "a", "size": 1 << 200}]}, "size cannot be that"),
+    ):
+        with pytest.raises(InvalidRequest, match=complaint):
+            client._ask("Register", {"name": "vm2", "fds": [], **wrong})
+    with pytest.raises(InvalidRequest, match="pid cannot be 0"):
+        client.adopt("vm2", "guestmemfd", 0, [])
+
+
+def test_a_connection_keeps_what_it_registered_and_nothing_else(khod: Served, client: Client) -> None:
+    with memfd() as fd, connect(khod.path, timeout=10) as other:
+        for lifetime in ("connection", "process", "persistent"):
+            other.register(lifetime, "guestmemfd", [("ram", fd)], lifetime=lifetime)
+        client.register("mine", "guestmemfd", [("ram", fd)])
+    khod.until(lambda: len(khod.service.held) == 3)
+    assert [view.name for view in client.instances()] == ["mine", "persistent", "process"]
+
+
+def test_a_process_keeps_what_it_registered(khod: Served) -> None:
+    code = """
+import sys; from pathlib import Path; from khod.api.client import connect; import os
+fd = os.memfd_create("ram"); os.ftruncate(fd, 4096)
+with connect(Path(sys.argv[1]), timeout=10) as client:
+    client.register("vm1", "guestmemfd", [("ram", fd)], lifetime="process")
+print(flush=True); sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", code, khod.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline()
+        khod.until(lambda: khod.server.connections == 0)
+        assert khod.service.of("vm1").view.keeper == f"process {child.pid}"
+        child.kill()
+    khod.until(lambda: not khod.service.held)
+
+
+def test_when_khod_ends_nobody_has_left_it(tmp_path: Path) -> None:
+    with served(tmp_path / "khod.sock") as khod, connect(khod.path, timeout=10) as client, memfd() as fd:
+        client.register("vm1", "guestmemfd", [("ram", fd)])
+        client.register("vm2", "guestmemfd", [("ram", fd)], lifetime="process")
+        khod.run(khod.server.aclose())
+        khod.call(lambda: None)
+        assert len(khod.service.held) == 2
+
+
+# --- the life cycle
+
+
+def test_a_client_hears_and_answers(khod: Served, client: Client) -> None:
+    with memfd() as fd, connect(khod.path, timeout=10) as other:
+        handle = client.register("vm1", "guestmemfd", [("ram", fd)], states=[("vcpus", 100)]).handle
+        heard = other.subscribe([handle])
+        first = next(heard)
+        assert (first.phase, first.reason, list(first.handles)) == ("subscribed", "idle", [handle])
+        asked = LifecycleView(phase="quiesce", update="u1", handles=(handle,), deadline=9.5)
+        khod.call(lambda: khod.service.tell("vm1", asked))
+        assert same(next(heard), asked)
+        written = client.states(handle)
+        assert list(written) == ["vcpus"]
+        os.pwrite(written["vcpus"], b"\5" + bytes(7) + b"hello", 0)
+        client.ready("u1", "quiesce", [handle], quiet_for=2.5)
+        client.failed("u1", "commit", [handle], "no")
+        assert khod.service.answers == [("ready", "u1", "quiesce", "vm1", "2.5"), ("failed", "u1", "commit", "vm1", "no")]
+        os.close(written["vcpus"])
+        claimed = client.claim("vm1")
+        assert (list(claimed.names), list(claimed.states), claimed.handle) == (["ram", "vcpus"], ["vcpus"], handle)
+        assert os.pread(claimed.fds[1], 5, 8) == b"hello"
+        for fd in claimed.fds:
+            os.close(fd)
+        khod.call(lambda: khod.service.tell("vm1", None))
+        assert list(heard) == []  # it has ended
+        client.ready("u2", "preparing")
+        client.unregister(handle=handle)
+
+
+def test_who_hangs_up_has_unsubscribed(khod: Served, client: Client) -> None:
+    with memfd() as fd:
+        handle = client.register("vm1", "guestmemfd", [("ram", fd)]).handle
+        with connect(khod.path, timeout=10) as other:
+            assert next(other.subscribe([handle])).phase == "subscribed"
+            with pytest.raises(Refused, match="there is a subscriber"):
+                next(client.subscribe([handle]))
+        khod.until(lambda: khod.service.of("vm1").told is None)
+        client.unregister("vm1")
+    assert khod.files.table == {}
+
+
+def test_an_opaque_instance_gets_a_session(khod: Served, client: Client) -> None:
+    handle = client.register_opaque("vm1").handle
+    session = client.open_session(handle)
+    os.pwrite(session, b"filled", 0)
+    with pytest.raises(Refused, match="gets no session"):
+        client.open_session(handle)
+    claimed = client.claim("vm1")
+    assert (list(claimed.names), os.pread(claimed.fds[0], 6, 0)) == (["session"], b"filled")
+    os.close(claimed.fds[0])
+    os.close(session)
+
+
+def test_after_a_jump(khod: Served, client: Client) -> None:
+    with memfd() as fd:
+        before = client.register("vm1", "guestmemfd", [("ram", fd)], lifetime="persistent").handle
+    khod.call(khod.service.came_through)
+    with pytest.raises(Refused, match="came through a jump"):
+        client.unregister("vm1")
+    claimed = client.claim("vm1", owner=f"user:{ME}", lifetime="process")
+    os.close(claimed.fds[0])
+    assert claimed.handle != before
+    assert khod.service.of("vm1").view.lifetime == "process"
+    with pytest.raises(InvalidRequest):
+        client.finished(before)
+    client.finished(claimed.handle)
+    client.discard("vm1")
+    assert client.claim("vm1").answer == "cold"
 
 
 # --- errors
@@ -276,7 +411,7 @@ def test_no_descriptor_is_left_over(khod: Served, client: Client) -> None:
 
 def test_a_message_of_many_parts_keeps_its_descriptors(khod: Served, client: Client) -> None:
     with memfd() as fd:
-        view = client.register("vm1", "guestmemfd", [("ram", fd)], options={"long": "x" * 200_000})
+        view = client.register("vm1", "guestmemfd", [("ram", fd)], options={"long": "x" * 200_000}).instance
         assert (view.size, len(view.detail["long"])) == (PAGE, 200_000)
 
 
@@ -369,18 +504,8 @@ def test_sockets_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_the_interface_is_documented() -> None:
     page = DOCS / "varlink.md"
-    text = page_text()
+    before, begin, _, end, after = re.split(r"(```varlink\n)(.*?)(^```$)", page.read_text(), maxsplit=1, flags=re.M | re.S)
+    text = "".join((before, begin, HostInterface.render_interface_description(), end, after))
     if os.environ.get("KHOD_WRITE_DOCS"):
         page.write_text(text)
-    assert page.read_text() == text, "KHOD_WRITE_DOCS=1 pytest tests/integration/test_api.py writes it anew"
-
-
-def page_text() -> str:
-    return (
-        "# The varlink interface\n\n"
-        "khod serves `org.khod.Host` on `/run/khod/khod.sock`, for root and for whom the\n"
-        "[policy](security.md) lets in. Descriptors travel beside a message as ancillary\n"
-        "data (SCM_RIGHTS); a field `fd` is an index among them. `varlinkctl introspect /run/khod/khod.sock org.khod.Host`\n"
-        "shows this text. Errors carry `exit_status`, which is khoctl's own.\n\n"
-        "```varlink\n" + HostInterface.render_interface_description() + "```\n"
-    )
+    assert page.read_text() == text, "KHOD_WRITE_DOCS=1 pytest tests/integration/api/test_api.py writes it anew"

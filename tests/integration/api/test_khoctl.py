@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import pwd
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from khod.cli import show
 from khod.cli.application import COMMANDS, app
+from khod.core.driver import StateBound
 from khod.core.state import State
 from tests.integration.api.served import Served
 
@@ -73,8 +75,12 @@ def test_status(khod: Served, vm1: int) -> None:
 
 def test_instances(khod: Served, vm1: int) -> None:
     ran = khoctl(khod, "instances")
-    assert ran.out.splitlines()[0].split()[:4] == ["NAME", "DRIVER", "STATE", "SIZE"]
-    assert ran.out.splitlines()[1].split()[:4] == ["vm1", "guestmemfd", "registered", "4"]
+    assert ran.out.splitlines()[0].split()[:6] == ["NAME", "OWNER", "DRIVER", "GRADE", "STATE", "SIZE"]
+    me = f"user:{pwd.getpwuid(os.getuid()).pw_name}"
+    assert ran.out.splitlines()[1].split()[:6] == ["vm1", me, "guestmemfd", "registered", "registered", "4"]
+    assert f"kept by      process {os.getpid()}\n" in khoctl(khod, "instances", "vm1").out
+    assert len(khoctl(khod, "instances", "--owner", me, "--json").json) == 1
+    assert khoctl(khod, "instances", "vm1", "--owner", "user:other").status == 2
     assert khoctl(khod, "instances", "--json").json[0]["name"] == "vm1"
     assert "descriptors  ram\n" in khoctl(khod, "instances", "vm1").out
     assert khoctl(khod, "instances", "vm1", "--json").json["fds"] == ["ram"]
@@ -116,9 +122,11 @@ def test_register_an_inherited_descriptor(khod: Served) -> None:
         khod, "register", "vm1", "--memfd-fd", f"rom={fd}", "--memfd-fd", str(fd), "--optional", "--json", pass_fds=[fd]
     )
     assert ran.returncode == 0, ran.stderr
-    view = json.loads(ran.stdout)
+    made = json.loads(ran.stdout)
+    view = made["instance"]
     assert (view["fds"], view["size"], view["required"]) == (["rom", "ram1"], 2 * PAGE, False)
-    (first, _) = khod.service.held["vm1"].fds
+    assert (view["lifetime"], made["handle"]) == ("persistent", khod.service.of("vm1").handle)
+    (first, _) = khod.service.of("vm1").fds
     assert os.path.samestat(os.fstat(khod.files.table[first]), os.fstat(fd))
     os.close(fd)
 
@@ -127,10 +135,14 @@ def test_register_with_everything(khod: Served, vm1: int) -> None:
     fd = os.memfd_create("guest")
     ran = khoctl(
         khod, "register", "vm2", "--pid", str(os.getpid()), "--fd", f"a={fd}", "--requires", "vm1",
-        "--option", "k=v=w", "--json",
+        "--option", "k=v=w", "--state", "vcpus=64K", "--state", "a=b=1", "--shareable", "--lifetime", "persistent", "--json",
     )  # fmt: skip
     os.close(fd)
-    assert (ran.json["requires"], ran.json["detail"], ran.json["fds"]) == (["vm1"], {"k": "v=w"}, ["a"])
+    asked = khod.service.of("vm2").asked
+    assert asked is not None
+    assert (asked.requires, asked.options, asked.shareable, asked.lifetime) == (("vm1",), {"k": "v=w"}, True, "persistent")
+    assert asked.states == (StateBound("vcpus", 64 << 10), StateBound("a=b", 1))
+    assert ran.json["instance"]["fds"] == ["a", "vcpus", "a=b"]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +156,11 @@ def test_register_with_everything(khod: Served, vm1: int) -> None:
         ["--memfd-fd", "=3"],
         ["--memfd-fd", "3", "--option", "k"],
         ["--memfd-fd", "3", "--pid", "7"],
+        ["--memfd-fd", "3", "--lifetime", "process"],
+        ["--memfd-fd", "3", "--lifetime", "connection"],
+        ["--memfd-fd", "3", "--state", "vcpus"],
+        ["--memfd-fd", "3", "--state", "vcpus=much"],
+        ["--memfd-fd", "3", "--state", "=5"],
     ],
 )
 def test_descriptors_that_are_none(khod: Served, arguments: list[str]) -> None:
@@ -163,6 +180,16 @@ def test_unregister(khod: Served, vm1: int) -> None:
         "exit_status": 2,
     }
     assert ran.err == "khoctl: no instance is called 'vm1'\nkhoctl: hint: khoctl instances lists them\n"
+
+
+def test_discard_and_unregister_of_another(khod: Served, vm1: int) -> None:
+    me = khod.service.of("vm1").view.owner
+    khod.call(khod.service.came_through)
+    ran = khoctl(khod, "unregister", "vm1", "--owner", me)
+    assert (ran.status, "hint: khoctl discard" in ran.err) == (3, True)
+    assert khoctl(khod, "discard", "vm1", "--owner", "user:other").status == 2
+    assert khoctl(khod, "discard", "vm1", "--owner", me).out == "vm1 is discarded\n"
+    assert khod.service.held == {}
 
 
 # --- an update
@@ -207,6 +234,13 @@ def test_an_update_a_line_an_event(khod: Served) -> None:
     assert lines[0] == "    0.000  preparing   now preparing"
     assert lines[4] == "    0.004  executing   now executing"
     assert lines[5].startswith("the jump")
+
+
+def test_an_update_goes_the_way_that_is_asked_for(khod: Served) -> None:
+    khoctl(khod, "load", "bzImage")
+    assert khoctl(khod, "update", "--jump", "rocket").status == 2
+    assert khoctl(khod, "update", "--jump", "systemd").status == 0
+    assert khod.service.jumps == ["systemd"]
 
 
 def test_an_update_as_json_lines(khod: Served) -> None:
@@ -323,6 +357,20 @@ def test_a_claim_becomes_the_command(khod: Served) -> None:
     assert process(khod, "claim", "vm1", "--", "sh", "-c", "exit 42").returncode == 42
 
 
+def test_a_claimant_says_that_it_has_taken_over(khod: Served, vm1: int) -> None:
+    khod.call(khod.service.came_through)
+    finished = "from khod.cli import main; main()"
+    code = (
+        f"import os, sys; sys.argv = ['khoctl', '--socket', {str(khod.path)!r}, 'finished']; assert os.environ['KHOD_HANDLE'];"
+        f" assert os.environ['KHOD_STATES'] == ''; {finished}"
+    )
+    ran = process(khod, "claim", "vm1", "--lifetime", "persistent", "--", sys.executable, "-c", code)
+    assert (ran.returncode, ran.stdout) == (0, "finished\n"), ran.stderr
+    assert khod.service.of("vm1").view.lifetime == "persistent"
+    assert khoctl(khod, "claim", "vm1", "--lifetime", "connection", "--", "true").status == 2
+    assert khoctl(khod, "finished", "nonsense").status == 2
+
+
 def test_descriptors_get_their_numbers_whatever_they_were() -> None:
     code = """
 import os, sys
@@ -358,7 +406,7 @@ def test_a_claim_of_what_must_not_be_started(khod: Served, vm1: int) -> None:
 def test_nothing_is_claimed_for_a_command_that_does_not_exist(khod: Served, vm1: int) -> None:
     ran = khoctl(khod, "claim", "vm1", "--", "no-such-command")
     assert ran.status == 2
-    assert khod.service.held["vm1"].view.state == "registered"
+    assert khod.service.of("vm1").view.state == "registered"
 
 
 def test_a_command_that_cannot_be_run(khod: Served, vm1: int, tmp_path: Path) -> None:

@@ -41,12 +41,20 @@ CALLS: Mapping[str, Try] = {
     "Register": Try({"name": "new", "driver": "guestmemfd", "fds": [{"name": "ram", "fd": 0}]}, 1),
     "Unregister": Try({"name": "nothing"}),
     "Claim": Try({"name": "nothing"}),
+    "RegisterOpaque": Try({"name": "opaque"}),
+    "OpenSession": Try({"handle": "none"}),
+    "Finished": Try({"handle": "none"}),
+    "Subscribe": Try({"handles": ["none"]}),
+    "Ready": Try({"update": "u1", "phase": "quiesce", "handles": ["none"]}),
+    "Failed": Try({"update": "u1", "phase": "quiesce", "handles": ["none"]}),
+    "GetStates": Try({"handle": "none"}),
     "Load": Try({"kernel": "not-a-kernel"}),
     "Update": Try({}),
     "Continue": Try({}),
     "Abort": Try({}),
     "Finish": Try({}),
     "Adopt": Try({"name": "new", "driver": "guestmemfd", "pid": 1, "fds": []}),
+    "Discard": Try({"name": "nothing"}),
 }
 
 

@@ -49,7 +49,7 @@ def before(vm: Guest) -> None:
     read_tsc = reader()
     assert read_tsc
     with khod.client() as client:
-        client.register("guest", "guestmemfd", [("ram", ram)])
+        client.register("guest", "guestmemfd", [("ram", ram)], lifetime="persistent")
         client.load(str(vm.kernel))
         for event in (events := client.update("prepared")):
             if event.kind == "held":

@@ -21,7 +21,7 @@ def before(vm: Guest) -> None:
             fd = os.memfd_create(name, 0x2 | 0x10)
             os.ftruncate(fd, SIZE)
             fill(fd, SIZE)
-            client.register(name, "guestmemfd", [("ram", fd)])
+            client.register(name, "guestmemfd", [("ram", fd)], lifetime="persistent")
             fds.append(fd)
         client.load(str(vm.kernel))
         events = client.update("frozen")

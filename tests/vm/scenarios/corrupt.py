@@ -20,7 +20,7 @@ def before(vm: Guest) -> None:
     os.ftruncate(fd, SIZE)
     fill(fd, SIZE)
     with khod.client() as client:
-        client.register("vm-1", "guestmemfd", [("ram", fd)])
+        client.register("vm-1", "guestmemfd", [("ram", fd)], lifetime="persistent")
         client.load(str(vm.kernel))
     khod.ctl("update", "--hold-at", "frozen")
     for link in Path(f"/proc/{khod.process.pid}/fd").iterdir():

@@ -103,7 +103,7 @@ def before(vm: Guest) -> None:
             khod.ctl("register", name, "--memfd-fd", str(fd))
         else:
             with khod.client() as client:
-                client.register(name, "guestmemfd", [("ram", fd)])
+                client.register(name, "guestmemfd", [("ram", fd)], lifetime="persistent")
     status = json.loads(khod.ctl("status", "--json"))
     assert status["device"] == "ok", status
     assert "no kernel" in khod.ctl("update", "--dry-run", status=3)

@@ -83,7 +83,7 @@ def before(vm: Guest) -> None:
     khod = Khod(vm, plugins=install_plugin())
     work = Workload()
     with khod.client() as client:
-        client.register("vm-1", "guestmemfd", [("ram", work.fd)])
+        client.register("vm-1", "guestmemfd", [("ram", work.fd)], lifetime="persistent")
         vm.record("no kernel", said=refused(khod), goes_on=work.goes_on())
         junk = Path("/run/junk")
         junk.write_bytes(bytes(1 * MIB))
@@ -92,7 +92,7 @@ def before(vm: Guest) -> None:
 
         huge = hugetlb()
         vm.record("hugetlb by guestmemfd", said=guestmemfd_refuses(khod, huge))
-        client.register("huge", "anything", [("pages", huge)])
+        client.register("huge", "anything", [("pages", huge)], lifetime="persistent")
         vm.record("hugetlb required", said=refused(khod), goes_on=work.goes_on(), state=client.status().state)
         client.unregister("huge")
 
@@ -103,7 +103,7 @@ def before(vm: Guest) -> None:
             vm.record(f"abort {state}", held=[held.state, held.held], said=said, goes_on=work.goes_on())
 
         exited(vm, khod)
-        client.register("huge", "anything", [("pages", huge)], required=False)
+        client.register("huge", "anything", [("pages", huge)], required=False, lifetime="persistent")
     with khod.client() as client:
         try:
             for _ in client.update():
@@ -122,7 +122,7 @@ def hugetlb() -> int:
 def guestmemfd_refuses(khod: Khod, fd: int) -> str:
     with khod.client() as client:
         try:
-            client.register("huge2", "guestmemfd", [("pages", fd)])
+            client.register("huge2", "guestmemfd", [("pages", fd)], lifetime="persistent")
         except KhodError as error:
             return str(error)
     return ""
@@ -133,7 +133,7 @@ def exited(vm: Guest, khod: Khod) -> None:
     fd = os.memfd_create("orphan", 0x2 | 0x10)
     os.pwrite(fd, b"orphan", 0)
     with khod.client() as client:
-        client.register("vm-2", "guestmemfd", [("ram", fd)])
+        client.register("vm-2", "guestmemfd", [("ram", fd)], lifetime="persistent")
         khod.ctl("update", "--hold-at", "frozen")
         os.close(fd)
         client.abort()
