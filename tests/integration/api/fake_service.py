@@ -106,6 +106,11 @@ class FakeService:
         (held,) = [held for held in self.held.values() if held.view.name == name]
         return held
 
+    def start_anew(self) -> None:
+        """As if nothing had been."""
+        self.forget()
+        self.state = State.IDLE
+
     def came_through(self) -> None:
         """As if after a jump: everything is restored, nobody holds it, and handles are void."""
         self.state = State.RESTORED

@@ -115,11 +115,14 @@ def world() -> Iterator[World]:
 
 @ONLY_ROOT
 @pytest.mark.parametrize("name", ["root", *Right, "by group", "without", "unit", "another unit", "a user's own unit"])
-def test_every_method_for_everybody(world: World, name: str) -> None:
+@pytest.mark.parametrize("after", ["before a jump", "after one"])
+def test_every_method_for_everybody(world: World, name: str, after: str) -> None:
+    service = world.khod.service
+    world.khod.call(service.came_through if after == "after one" else service.start_anew)
     calls = [(method, call.parameters, call.files) for method, call in CALLS.items()]
     answers = world.who[name].calls(world.khod.path, calls)
     granted = world.granted.get(name, frozenset())
     for method, (answer, *_) in zip(CALLS, answers, strict=True):
         refused = answer.get("error") == REFUSED and "the right to" in answer["parameters"]["message"]
         assert refused == (RIGHTS[method] not in granted), f"{name}: {method}: {answer}"
-    world.khod.call(lambda: world.khod.service.forget())
+    world.khod.call(service.forget)
