@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from khod.api.client import Client, connect
+from tests.vm.content import PAGE
 from tests.vm.guest import Guest
 
-PAGE = 4096
 SOCKET = Path("/run/khod/khod.sock")
 CONFIG = Path("/run/khod.yaml")
 NOTIFY = Path("/run/notify")
@@ -213,32 +213,3 @@ def walk(memory: Kcore, address: int) -> Iterator[tuple[int, int]]:
                 if digit == "1":
                     yield (start >> 12) + (index << order), order
         address = following
-
-
-CHUNK = 1 << 24
-
-
-def marked(size: int) -> bytearray:
-    """Bytes whose every page begins with its index: made by C, loops are dear under emulation."""
-    words = array("Q", bytes(size))
-    words[:: PAGE // 8] = array("Q", range(-(-size // PAGE)))
-    return bytearray(words.tobytes())
-
-
-def _chunks(size: int) -> Iterator[tuple[int, bytearray]]:
-    """What `fill` writes, and where: equal chunks but for their number at byte 8."""
-    chunk = marked(min(size, CHUNK))
-    for offset in range(0, size, CHUNK):
-        chunk[8:16] = offset.to_bytes(8, "little")
-        yield offset, chunk if size - offset >= len(chunk) else chunk[: size - offset]
-
-
-def fill(fd: int, size: int) -> None:
-    """Mark every page of a file."""
-    for offset, chunk in _chunks(size):
-        os.pwrite(fd, chunk, offset)
-
-
-def filled(fd: int, size: int) -> bool:
-    """Whether every byte of a file is as `fill` made it."""
-    return all(os.pread(fd, len(chunk), offset) == chunk for offset, chunk in _chunks(size))

@@ -13,44 +13,28 @@ Runnable by hand::
 from __future__ import annotations
 
 import compileall
-import contextlib
-import fcntl
 import json
 import os
-import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from tests.vm import kernel as lab_kernel
-from tests.vm.tsc import host_tsc_khz
+from tests.vm import qemu
+from tests.vm.qemu import PATH, QEMU, Outcome
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 STATE_BYTES = 64 << 20
-QEMU = "qemu-system-x86_64"
 PROGRAMS = (QEMU, "mke2fs", "setpriv")
-PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-
-
-class Outcome(StrEnum):
-    """How a run went."""
-
-    PASSED = "passed"
-    FAILED = "failed"
-    """The scenario said so, with a traceback."""
-    LOST = "lost"
-    """It said nothing."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +118,16 @@ def missing() -> str:
 def run(machine: Machine) -> Result:
     """Play the scenario. One machine at a time on a host: a second caller waits. What is left of a run that did not pass
     stays in its directory."""
-    with open(lab_kernel.cache() / "vm.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with qemu.one_machine():
         # Not in pytest's long directories: the path of a Unix socket has 107 bytes.
         result = Result(Path(tempfile.mkdtemp(prefix="khod-vm-")))
         prepare(machine, result.directory)
-        with listening(result.directory / "verdict") as listener, _power(machine, result.directory) as qemu:
-            _follow(machine, listener, qemu, result)
+        command = arguments(machine, result.directory)
+        with (
+            qemu.listening(result.directory / qemu.PORT) as listener,
+            qemu.power(command, result.directory) as running,
+        ):
+            _follow(machine, listener, running, result)
     if result.outcome is Outcome.PASSED:
         shutil.rmtree(result.directory)
     return result
@@ -169,95 +156,39 @@ def prepare(machine: Machine, directory: Path) -> None:
     subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(image)], check=True, env={"PATH": PATH}, timeout=30)
 
 
-def _cmdline(machine: Machine) -> str:
-    words = [
-        "console=ttyS0", "quiet", "panic=-1", "ro", "rootfstype=9p",
+def arguments(machine: Machine, directory: Path, *, serial: str = "") -> list[str]:
+    """The command that runs QEMU on what `prepare` made: see `qemu.arguments`."""
+    words = (
+        "ro", "rootfstype=9p",
         # The root does not change under the guest, and 9p without a cache asks the host at every step of an import.
         "rootflags=trans=virtio,version=9p2000.L,msize=524288,cache=loose",
-        f"init={HERE}/init", "kho=on", "liveupdate=on",
-    ]  # fmt: skip
-    if khz := host_tsc_khz():
-        # Under emulation a kernel that was kexec'ed cannot calibrate its TSC and settles on a wrong rate.
-        words.append(f"tsc_early_khz={khz}")
-    return " ".join([*words, *machine.cmdline])
-
-
-def arguments(machine: Machine, directory: Path, *, serial: str = "") -> list[str]:
-    """The command that runs QEMU on what `prepare` made; `listening` must have made the socket `verdict` there before.
-    `serial` is where the console goes, the file serial.log by default."""
+        f"init={HERE}/init", *machine.cmdline,
+    )  # fmt: skip
     return [
-        "setpriv", "--pdeathsig", "KILL",
-        QEMU, "-nodefaults", "-display", "none", "-no-reboot",
-        "-machine", "q35", "-accel", "tcg", "-cpu", machine.cpu, "-smp", str(machine.cpus), "-m", machine.memory,
-        "-kernel", str(lab_kernel.kernel_directory() / "bzImage"), "-append", _cmdline(machine),
-        "-serial", serial or f"file:{directory}/serial.log",
+        *qemu.arguments(
+            directory, cpu=machine.cpu, cpus=machine.cpus, memory=machine.memory, words=words, serial=serial
+        ),
         "-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap",
         "-device", "virtio-9p-pci,fsdev=root,mount_tag=/dev/root",
         "-fsdev", f"local,id=shared,path={directory}/shared,security_model=none",
         "-device", "virtio-9p-pci,fsdev=shared,mount_tag=shared",
         "-drive", f"file={directory}/state.img,format=raw,if=none,id=state,cache=writeback",
         "-device", "virtio-blk-pci,drive=state",
-        "-device", "virtio-serial-pci",
-        "-chardev", f"socket,id=verdict,path={directory}/verdict",
-        "-device", "virtserialport,chardev=verdict,name=khod.verdict",
         *machine.qemu,
     ]  # fmt: skip
 
 
-@dataclass
-class _Deadline:
-    """Until when a word is waited for (time.monotonic), and what it would be the end of."""
-
-    overall: float
-    due: float
-    of: str = "boot"
-
-    def left(self) -> float:
-        return max(0.0, min(self.due, self.overall) - time.monotonic())
-
-
-@contextlib.contextmanager
-def listening(path: Path) -> Iterator[socket.socket]:
-    """A socket that waits for QEMU to connect the guest's port for verdicts to it."""
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen(1)
-        yield listener
-
-
-@contextlib.contextmanager
-def _power(machine: Machine, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A running QEMU, which is gone afterwards together with all that it started."""
-    with open(directory / "qemu.log", "wb") as log:
-        qemu = subprocess.Popen(
-            arguments(machine, directory),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={"PATH": PATH, "LANG": "C.UTF-8"},
-            cwd=directory,
-            start_new_session=True,
-        )
-    try:
-        yield qemu
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(qemu.pid, signal.SIGKILL)
-        qemu.wait()
-
-
-def _follow(machine: Machine, listener: socket.socket, qemu: subprocess.Popen[bytes], result: Result) -> None:
+def _follow(machine: Machine, listener: socket.socket, running: subprocess.Popen[bytes], result: Result) -> None:
     """Listen to the guest until it says a verdict, falls silent, or goes."""
     start = time.monotonic()
-    deadline = _Deadline(start + machine.deadline, start + machine.boot_deadline)
-    listener.settimeout(10)
+    deadline = qemu.Deadline(start + machine.deadline, start + machine.boot_deadline)
     try:
-        channel, _ = listener.accept()
-    except TimeoutError:
-        result.reason = f"QEMU did not start: {(result.directory / 'qemu.log').read_text(errors='replace').strip()}"
+        channel = qemu.accept(listener, result.directory)
+    except TimeoutError as error:
+        result.reason = str(error)
         return
     with channel:
-        for message in _messages(channel, deadline):
+        for message in qemu.messages(channel, deadline):
             event, stage = message["event"], message["stage"]
             result.times.append((time.monotonic() - start, f"{event} {message.get('name', stage)}"))
             match event:
@@ -274,24 +205,7 @@ def _follow(machine: Machine, listener: socket.socket, qemu: subprocess.Popen[by
                 case "passed":
                     result.outcome = Outcome.PASSED
                     return
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        result.reason = f"QEMU ended with status {qemu.wait(0.5)} during {deadline.of}"
-        return
-    result.reason = f"no word before the deadline of {deadline.of if deadline.due < deadline.overall else 'the whole run'}"
-
-
-def _messages(channel: socket.socket, deadline: _Deadline) -> Iterator[dict[str, Any]]:
-    """The guest's lines, until the other end closes or the deadline is past."""
-    pending = b""
-    while True:
-        while b"\n" in pending:
-            line, _, pending = pending.partition(b"\n")
-            yield json.loads(line)
-        ready, _, _ = select.select([channel], [], [], deadline.left())
-        part = channel.recv(65536) if ready else b""
-        if not part:
-            return
-        pending += part
+    result.reason = qemu.silence(running, deadline)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 from tests.vm import kernel as lab_kernel
-from tests.vm.runner import HERE, PATH, ROOT, Machine, arguments, listening, missing, prepare
+from tests.vm.qemu import PATH, listening
+from tests.vm.runner import HERE, ROOT, Machine, arguments, missing, prepare
 
 JOB = """\
 cd '{root}'

@@ -10,7 +10,7 @@ import pytest
 
 from tests.vm.conftest import Play
 from tests.vm.gdbstub import FailCall
-from tests.vm.runner import Outcome
+from tests.vm.qemu import Outcome
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import os
 
 from khod.errors import Lost, UpdateFailed
-from tests.vm.driving import Khod, fill, filled
+from tests.vm.content import fill, filled
+from tests.vm.driving import Khod
 from tests.vm.guest import Guest
 
 SIZE = 4 << 20

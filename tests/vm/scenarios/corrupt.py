@@ -8,7 +8,8 @@ import os
 import signal
 from pathlib import Path
 
-from tests.vm.driving import Khod, fill, filled
+from tests.vm.content import fill, filled
+from tests.vm.driving import Khod
 from tests.vm.guest import Guest
 
 SIZE = 4 << 20

@@ -11,7 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-from tests.vm.driving import PAGE, Kcore, Khod, fill, filled, orders, page_flags, pagemap, walk
+from tests.vm.content import PAGE, fill, filled
+from tests.vm.driving import Kcore, Khod, orders, page_flags, pagemap, walk
 from tests.vm.guest import Guest
 
 MIB = 1 << 20
