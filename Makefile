@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # Every target sets up what it needs and says so. `make help` lists them.
 .DELETE_ON_ERROR:
-.PHONY: help setup install uninstall lab-kernel lab-shell demo test test-fast test-full check bench bench-vm clean
+.PHONY: help setup install uninstall lab-kernel lab-image lab-shell demo test test-fast test-full check bench bench-vm clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ APT := tools/apt-missing
 APT_RUN := python3 python3-venv python3-dev gcc pkg-config libsystemd-dev make git ca-certificates
 APT_TEST := device-tree-compiler systemd dbus-daemon zstd xz-utils lz4 lzop
 APT_BENCH := gcc libssl-dev
-APT_VM := qemu-system-x86 gdb kmod e2fsprogs
+APT_VM := qemu-system-x86 qemu-utils gdb kmod e2fsprogs mmdebstrap
 # The lab's machine sees this host's files, and only root may show them all; the kernel stays in the caller's cache.
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo) env HOME="$(HOME)"
 # Missing tools and a missing kernel skip tests where somebody runs pytest by hand, and fail them here.
@@ -41,6 +41,11 @@ uninstall: ## remove all that `make install` put there
 lab-kernel: ## build the lab's kernel unless cached; the last line is the path of its bzImage
 	@$(PYTHON) tests/vm/kernel.py
 
+lab-image: $(VENV)/.stamp ## build the lab's host, Debian sid with systemd and khod, unless cached; the last line is its disk
+	@$(APT) $(APT_VM)
+	@$(PYTHON) tests/vm/kernel.py >/dev/null
+	@$(AS_ROOT) $(BIN)/python -m tests.vm.image
+
 lab-shell: $(VENV)/.stamp ## a shell in the lab's virtual machine, with khod running, to follow README.md by hand
 	@$(APT) $(APT_VM)
 	@$(PYTHON) tests/vm/kernel.py >/dev/null
@@ -65,6 +70,7 @@ test-full: $(VENV)/.stamp ## those that take minutes as well
 test test-full:
 	@$(APT) $(APT_TEST) $(APT_VM)
 	@$(PYTHON) tests/vm/kernel.py >/dev/null
+	@$(AS_ROOT) $(BIN)/python -m tests.vm.image >/dev/null
 	$(AS_ROOT) KHOD_REQUIRE=$(REQUIRE) $(BIN)/pytest -q $(PARALLEL) $(SELECT)
 
 bench: $(VENV)/.stamp ## the folio map and khod's start against plain programs: a table, also as JSON in bench/out

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The fixture `vm`: play a scenario in the lab's virtual machine."""
+"""The fixtures `vm`, which plays a scenario in the lab's virtual machine, and `boot`, the lab's host with its init."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 
-from tests.vm import runner
+from tests.vm import host, runner
 
 SCENARIOS = Path(__file__).with_name("scenarios")
 Play = Callable[..., runner.Result]
+
+
+def _need(reason: str) -> None:
+    if reason and "vm" in os.environ.get("KHOD_REQUIRE", "").split(","):
+        pytest.fail(f"KHOD_REQUIRE=vm, and {reason}")
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.fixture
@@ -21,12 +28,16 @@ def vm() -> Play:
     """``vm("NAME", **fields of runner.Machine)`` plays scenarios/NAME.py and gives the `Result`, whatever the outcome.
 
     Skips where no machine can be run, and fails there instead when KHOD_REQUIRE names "vm"."""
-    if reason := runner.missing():
-        if "vm" in os.environ.get("KHOD_REQUIRE", "").split(","):
-            pytest.fail(f"KHOD_REQUIRE=vm, and {reason}")
-        pytest.skip(reason)
+    _need(runner.missing())
 
     def play(name: str, **fields: Any) -> runner.Result:
         return runner.run(runner.Machine(SCENARIOS / f"{name}.py", **fields))
 
     return play
+
+
+@pytest.fixture
+def boot() -> type[host.Host]:
+    """``with boot(**fields of host.Host) as host:`` is the lab's host with its init. Skips like `vm`."""
+    _need(host.missing())
+    return host.Host
