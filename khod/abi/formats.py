@@ -27,13 +27,13 @@ VERSIONS_MAGIC, VERSIONS_VERSION = 0x4C565550, 1
 
 _PART = r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*-v[0-9]{1,9}"
 _WHOLE = rf"{_PART}(?:;{_PART}){{0,15}}"
-_TEXT = re.compile(_WHOLE)
-_STRING = re.compile(_WHOLE.encode() + rb"(?=\0)")
+# Patterns are compiled where they are used first: this module is imported on the way to restored.
+_STRING = _WHOLE.encode() + rb"(?=\0)"
 _INSIDE = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789;-")
 """A name does not begin after one of these."""
 # struct liveupdate_file_handler and liveupdate_flb: a pointer to operations (a kernel address, whose upper half is all ones),
 # then char compatible[48].
-_HANDLER = re.compile(rb"\xff\xff\xff\xff(?=([a-z]" + _WHOLE.encode().removeprefix(b"[a-z]") + rb")\0)")
+_HANDLER = rb"\xff\xff\xff\xff(?=(" + _WHOLE.encode() + rb")\0)"
 _VERSIONS_HEADER = Struct("<II")
 
 
@@ -55,7 +55,7 @@ class Format:
 
 def parse(text: str) -> Format:
     """Raises FormatError for what is no such name."""
-    if not _TEXT.fullmatch(text):
+    if not re.fullmatch(_WHOLE, text):
         raise FormatError(f"{text[:80]!r} is not the name of a format, such as kho-v4 or kho-v4;radix-v1")
     base, *subs = text.split(";")
     return Format(base, tuple(subs))
@@ -64,7 +64,7 @@ def parse(text: str) -> Format:
 def find(kernel: bytes) -> tuple[Format, ...]:
     """All that an uncompressed kernel understands, in its file or in memory, sorted."""
     found = set(_strings(kernel))
-    for match in _HANDLER.finditer(kernel):
+    for match in re.finditer(_HANDLER, kernel):
         field = kernel[match.end() : match.end() + COMPATIBLE_LENGTH]
         if len(field) == COMPATIBLE_LENGTH and not field[len(match[1]) :].strip(b"\0"):
             found.add(match[1])
@@ -73,10 +73,11 @@ def find(kernel: bytes) -> tuple[Format, ...]:
 
 def _strings(kernel: bytes) -> Iterator[bytes]:
     """Plain strings of `CORE`. Looked for one by one: that is ten times as fast as one expression for all of them."""
+    whole = re.compile(_STRING)
     for name in CORE:
         start, at = f"{name}-v".encode(), -1
         while (at := kernel.find(start, at + 1)) >= 0:
-            match = _STRING.match(kernel, at)
+            match = whole.match(kernel, at)
             if match and (at == 0 or kernel[at - 1] not in _INSIDE):
                 yield match[0]
 
