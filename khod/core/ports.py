@@ -17,11 +17,14 @@ Conventions for every port:
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from khod.folio.units import Folio, PhysicalMemory, Range
+
+if TYPE_CHECKING:
+    from khod.abi.formats import Format  # not on the way to restored
 
 WINDOW = 1 << 30
 """Frames are learned in windows of at most this many bytes of a file (decision 10)."""
@@ -431,6 +434,45 @@ class ServiceManager(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelFacts:
+    """What decides about a jump and is the running kernel's own."""
+
+    machine: str
+    """Architecture: 'x86-64', as `khod.abi.elf` calls them."""
+    cmdline: str
+    config: Mapping[str, str] | None
+    """Its configuration, as `khod.abi.ikconfig` has it; None when nobody kept it."""
+    lockdown: str
+    """'none', 'integrity', 'confidentiality'; '' where the kernel has no lockdown."""
+    load_disabled: bool
+    """kernel.kexec_load_disabled."""
+    loads_left: int | None
+    """kernel.kexec_load_limit_reboot; None for no limit."""
+    debugfs: bool
+    """Whether KHO's files there can be read."""
+    lacking: tuple[str, ...]
+    """Capabilities that khod needs, and this process has not."""
+    headroom: int | None
+    """Bytes that the control group of this process may still be charged; None for no limit."""
+    cgroup: str
+    """The one whose limit that is."""
+    scratch: tuple[Range, ...]
+    """The scratch areas in the kernel's order, empty ones among them; () when they cannot be known."""
+    formats: tuple[Format, ...]
+    """Those that it writes, as far as they can be known."""
+    formats_source: str
+    """Where they were found, in words."""
+
+
+class RunningKernel(Protocol):
+    """The kernel that runs."""
+
+    def facts(self) -> KernelFacts:
+        """As of now."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """All ports of one machine."""
@@ -447,3 +489,4 @@ class Machine:
     processes: Processes
     custody: Custody
     manager: ServiceManager
+    kernel: RunningKernel

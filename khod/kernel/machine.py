@@ -13,6 +13,7 @@ from khod.errors import CustodianGone
 from khod.kernel import tsc
 from khod.kernel.boot import KernelBootInfo
 from khod.kernel.clock import KernelClock
+from khod.kernel.facts import KernelFactsReader
 from khod.kernel.files import KernelFiles
 from khod.kernel.filesystems import KernelFileSystems
 from khod.kernel.frames import KernelFrames
@@ -67,11 +68,12 @@ def machine(state_directory: Path, *, device_timeout: float = BUSY_PATIENCE) -> 
 
     A device that somebody else has open is tried again for `device_timeout` seconds.
     """
+    memory = KernelMemory()
     return Machine(
         liveupdate=KernelLiveUpdate(patience=device_timeout),
         files=KernelFiles(),
         frames=KernelFrames(),
-        memory=KernelMemory(),
+        memory=memory,
         kexec=KernelKexec(),
         clock=KernelClock(tsc.reader()),
         store=FileStore(state_directory),
@@ -80,4 +82,5 @@ def machine(state_directory: Path, *, device_timeout: float = BUSY_PATIENCE) -> 
         processes=KernelProcesses(),
         custody=NoCustody(),
         manager=Systemd(),
+        kernel=KernelFactsReader(memory),
     )

@@ -70,7 +70,12 @@ class KernelMemory:
         return out
 
     def scratch(self) -> tuple[Range, ...]:
-        """See the port. From debugfs; without it from what a kernel that was kexec'ed was told of its scratch."""
+        """See the port."""
+        return merged(area for area in self.areas() if area.start < area.end)
+
+    def areas(self) -> tuple[Range, ...]:
+        """The scratch areas in the kernel's order, empty ones among them. From debugfs; without it from what a kernel that was
+        kexec'ed was told of its scratch."""
         out = DEBUGFS / "out"
         try:
             starts, lengths = (
@@ -79,7 +84,7 @@ class KernelMemory:
             areas = list(zip(starts, lengths, strict=True))
         except OSError:
             areas = self._inherited_scratch()
-        return merged(Range(start, start + length) for start, length in areas)
+        return tuple(Range(start, start + length) for start, length in areas)
 
     def figures(self) -> MemoryFigures:
         """See the port."""

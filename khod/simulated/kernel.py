@@ -230,7 +230,7 @@ class Kernel:
             *(files.pass_fd, files.descriptor, files.window, files.frames, files.adopt, files.export),
             *(host.memory_read, host.ram, host.scratch, host.figures, host.stamp, host.boot),
             *(host.store_read, host.store_append, host.store_cut, host.sync),
-            *(kexec.load, kexec.load_old, kexec.unload, kexec.loaded, kexec.command_line),
+            *(kexec.load, kexec.load_old, kexec.unload, kexec.loaded, kexec.command_line, kexec.facts, kexec.lock_down),
             *(self._preserve_fd, self._execute, self._listing, self._kill, self._inject, self._limit_memory),
             *(self._manager_present, self._manager_doubt, self._manager_inhibit, self._manager_kexec),
         )

@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from khod.core.refusals import MAX_CMDLINE
 from khod.errors import FormatError
@@ -38,6 +39,7 @@ class Kexec:
     image: Loaded | None = None
     disabled: bool = False
     """sysctl kernel.kexec_load_disabled."""
+    lockdown: str = "none"
 
     def load(self, task: Task, kernel: int, initrd: int, cmdline: str) -> None:
         """kexec_file_load(2). `kernel` and `initrd` (-1: none) are the host's descriptors, consumed."""
@@ -79,6 +81,22 @@ class Kexec:
     def command_line(self, task: Task) -> str:
         """/proc/cmdline."""
         return self.cmdline
+
+    def facts(self, task: Task) -> dict[str, Any]:
+        """What sysctl, /proc and /sys tell of this kernel: the fields of `khod.core.ports.KernelFacts` that may differ."""
+        formats = (self.running.kho, self.running.luo, self.running.memfd, "memblock-v1", "reserve-mem-v1")
+        return {
+            "cmdline": self.cmdline,
+            "config": image.config(self.running),
+            "lockdown": self.lockdown,
+            "load_disabled": self.disabled,
+            "scratch": [(area.start, area.end) for area in self.scratch],
+            "formats": [name for name in formats if name],
+        }
+
+    def lock_down(self, task: Task, level: str) -> None:
+        """/sys/kernel/security/lockdown, as an administrator writes it."""
+        self.lockdown = level
 
     def _permit(self) -> None:
         if self.disabled:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from khod.core import images, ports
-from khod.core.ports import WINDOW, Boot, FileStat, FolioWindow, Image, Machine, MemoryFigures, Stamp
+from khod.core.ports import WINDOW, Boot, FileStat, FolioWindow, Image, KernelFacts, Machine, MemoryFigures, Stamp
 from khod.core.refusals import REFUSALS, deposit_name, preserve_refusal, refusal, session_name
 from khod.folio.units import Folio, Range
 from khod.simulated.faults import OpenFailed
@@ -294,6 +294,29 @@ class ServiceManager(_Port):
         self._call("PID 1", "manager_kexec")
 
 
+class RunningKernel(_Port):
+    """See `khod.core.ports.RunningKernel`."""
+
+    def facts(self) -> KernelFacts:
+        from khod.abi import formats  # not on the way to restored
+
+        told = self._call("facts", "facts")
+        scratch = tuple(Range(start, end) for start, end in told.pop("scratch"))
+        written = tuple(sorted(formats.parse(text) for text in told.pop("formats")))
+        return KernelFacts(
+            machine="x86-64",
+            loads_left=None,
+            debugfs=True,
+            lacking=(),
+            headroom=None,
+            cgroup="",
+            scratch=scratch,
+            formats=written,
+            formats_source="the machine says so",
+            **told,
+        )
+
+
 def machine(process: Process) -> Machine:
     """All ports, as `process` sees them."""
     return Machine(
@@ -309,4 +332,5 @@ def machine(process: Process) -> Machine:
         processes=Processes(process),
         custody=Custody(process),
         manager=ServiceManager(process),
+        kernel=RunningKernel(process),
     )

@@ -113,6 +113,10 @@ class Process:
         """Load an image by the old kexec_load(2), which carries nothing."""
         self.call("load_old", cmdline)
 
+    def lock_down(self, level: str) -> None:
+        """Set the kernel's lockdown: 'integrity', 'confidentiality'."""
+        self.call("lock_down", level)
+
     def limit_memory(self, limit: int | None) -> None:
         """memory.max of this process."""
         self.call("limit_memory", limit)
