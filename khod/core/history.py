@@ -42,6 +42,7 @@ def update_view(ident: str, records: Sequence[Record]) -> UpdateView:
         left_behind=[f"{name}: {reason}" for name, reason in left.items()] if isinstance(left, Mapping) else (),
         checked=_text(data.get("checked")),
         problems=list(dict.fromkeys(problems)),
+        overridden=_strings(data.get("overridden")),
     )
 
 

@@ -16,7 +16,6 @@ from khod.core.blocking import blocking
 from khod.core.book import Book
 from khod.core.broker import Broker
 from khod.core.callers import Caller, Lifetime
-from khod.core.checks import blockers
 from khod.core.claims import Claims
 from khod.core.driver import Drivers
 from khod.core.events import Broadcast
@@ -28,6 +27,7 @@ from khod.core.instances import instance_view, new_entry, new_opaque
 from khod.core.journal import Journal
 from khod.core.keepers import Keepers, Watch
 from khod.core.ports import Image, Machine
+from khod.core.preflight.preflight import Preflight
 from khod.core.question import Phase
 from khod.core.registry import Entry, Grade, InstanceState, Registry
 from khod.core.service import Registration
@@ -64,6 +64,7 @@ class Host:
         self.problems: list[str] = []
         self.last_update: Update | None = None
         self._claims = Claims(machine, self.registry, self.journal, self.book)
+        self._preflight = Preflight(machine, settings, self.broker)
         self._finisher = Finisher(machine, self.registry, self.book, self.problems)
         self._state = State.IDLE
         self._ident = ""
@@ -204,7 +205,7 @@ class Host:
     async def plan(self) -> views.PlanView:
         """See Service."""
         entries = list(self.registry)
-        found, need = await blockers(self.machine, self.settings, entries, self._image)
+        found, need = await self._preflight.blockers(entries, self._image)
         if not self.state.resting:
             found.insert(0, f"khod is {self.state}")
         processes = await blocking(self.machine.processes.listing)
@@ -216,6 +217,14 @@ class Host:
             kills=[f"{p.name}[{p.pid}]" for p in processes[:100]],
             kills_total=len(processes),
         )
+
+    async def preflight(
+        self, kernel: str = "", initrd: str = "", cmdline: str | None = None, *, overrides: Sequence[str] = ()
+    ) -> views.PreflightView:
+        """Whether an update to this kernel ('': the one that was loaded) would go through; changes nothing."""
+        if kernel:
+            return await self._preflight.view_of(self.registry, kernel, initrd, cmdline, overrides)
+        return await self._preflight.view(self.registry, self._image, overrides)
 
     async def history(self, limit: int = 20) -> Sequence[views.UpdateView]:
         """See Service."""
@@ -407,7 +416,9 @@ class Host:
             image, self._image = self._image, None
             await blocking(self.machine.kexec.release, image)
 
-    async def update(self, hold_at: State | None = None, *, jump: str = "") -> AsyncIterator[views.EventView]:
+    async def update(
+        self, hold_at: State | None = None, *, jump: str = "", overrides: Sequence[str] = ()
+    ) -> AsyncIterator[views.EventView]:
         """See Service."""
         if jump not in ("", "direct", "systemd"):
             raise InvalidRequest(f"no way to jump is called {jump!r}", hint="direct or systemd")
@@ -417,13 +428,12 @@ class Host:
             if not self.state.resting:
                 raise Refused(f"no update can start while khod is {self.state}", hint="see `khoctl status`")
             entries = list(self.registry)
-            found, _ = await blockers(self.machine, self.settings, entries, self._image)
-            if found:
-                raise Refused(f"the update is refused: {'; '.join(found)}")
+            overridden = await self._preflight.pass_over(entries, self._image, overrides)
             if self.incoming is not None:
                 await self._finish()  # decision 7: what is not finished is not passed on
             self.problems.clear()
             update = self.last_update = self._new_update(secrets.token_hex(8), entries, hold_at, jump)
+            update.overridden = overridden
             events = self._events.listen()
             task = update.start()
             task.add_done_callback(self._ended)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 
 from khod.abi import bzimage
 from khod.core.ports import Image
@@ -46,6 +47,25 @@ def check_unchanged(image: Image) -> None:
     if _digest(_files(image)) != (image.sha256, image.size):
         names = " or ".join(filter(None, (image.kernel, image.initrd)))
         raise Refused(f"{names} changed since it was checked", hint="load it again, so that what is booted is what was meant")
+
+
+def kernel_bytes(image: Image, limit: int) -> bytes:
+    """The bytes of its kernel, `limit` at most."""
+    return b"".join(_chunks(image.kernel_fd, limit))
+
+
+def initrd_size_and_head(image: Image, length: int) -> tuple[int, bytes]:
+    """Bytes of its initrd, and the first `length` of them; (0, b'') for none."""
+    if image.initrd_fd < 0:
+        return 0, b""
+    return os.fstat(image.initrd_fd).st_size, os.pread(image.initrd_fd, length, 0)
+
+
+def _chunks(fd: int, limit: int) -> Iterator[bytes]:
+    offset = 0
+    while offset < limit and (chunk := os.pread(fd, min(_CHUNK, limit - offset), offset)):
+        yield chunk
+        offset += len(chunk)
 
 
 def _files(image: Image) -> list[int]:

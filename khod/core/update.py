@@ -76,6 +76,8 @@ class Update:
         self._opened: set[Entry] = set()
         """Opaque ones whose session was asked for."""
         self.outgoing = Outgoing(machine, settings, ident, boot.boot_id)
+        self.overridden: list[str] = []
+        """Blockers that an operator passed over, each with what it had to say."""
         self.ledger = Ledger()
         self.problems: list[str] = []
         self.reason = ""
@@ -169,7 +171,7 @@ class Update:
             raise AssertionError(f"no way from {self.state} to {state}")
         self.state = state
         if state is State.PREPARING:
-            self._journal.note(self.id, "state", state=state, release=self.boot.release)
+            self._journal.note(self.id, "state", state=state, release=self.boot.release, overridden=self.overridden)
         self.say("state", message or state)
 
     def _end(self) -> None:

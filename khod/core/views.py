@@ -136,6 +136,34 @@ class PlanView:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckView:
+    """One thing that was looked at before an update."""
+
+    name: str
+    verdict: str
+    """'ok', 'warning', 'blocker', 'unknown'."""
+    evidence: str
+    remedy: str
+    """'' when there is nothing to be done."""
+    overridable: bool
+    """Whether an update can be told, by this name, to go on all the same."""
+    overridden: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreflightView:
+    """Whether an update would go through, as far as that can be known."""
+
+    running: str
+    """Release of the running kernel."""
+    target: str
+    """Release of the one to jump to; '' when none is named, or when it does not say."""
+    verdict: str
+    """The worst of the checks that are not overridden."""
+    checks: Sequence[CheckView]
+
+
+@dataclass(frozen=True, kw_only=True)
 class EventView:
     """Something happened during an update."""
 
@@ -200,6 +228,8 @@ class UpdateView:
     checked: str
     """Which frames and bytes were verified, in a sentence."""
     problems: Sequence[str] = ()
+    overridden: Sequence[str] = ()
+    """Blockers that an operator passed over, each with what it had to say."""
 
 
 @dataclass(frozen=True, kw_only=True)

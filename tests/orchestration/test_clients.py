@@ -40,10 +40,10 @@ def once(quiet_for: float) -> Hear:
     return answer
 
 
-async def refused(world: World, match: str) -> None:
+async def refused(world: World, match: str, *overrides: str) -> None:
     """An update that fails, with everything as before."""
     with pytest.raises(UpdateFailed, match=match):
-        await world.update()
+        await world.update(overrides=overrides)
     assert world.host.state is State.ABORTED
     assert not world.kernel.luo.outgoing
     assert not world.kernel.jumped
@@ -169,7 +169,7 @@ def test_an_instance_that_had_a_client_does_not_go_without_one(world: World) -> 
         guest = Guest("vm-1")
         await guest.attend(host)
         await guest.leave()
-        await refused(world, "vm-1: nobody is there to answer for it")
+        await refused(world, "vm-1: nobody is there to answer for it", "client:vm-1")
         await guest.attend(host)
         assert (await world.jump()).state is State.RESTORED
 
@@ -309,7 +309,7 @@ def test_a_client_comes_back_to_a_khod_that_was_started_anew(world: World) -> No
         host = await world.khod()
         assert host.state is State.ABORTED
         assert world.entry("vm-1").handle == handle
-        await refused(world, "nobody is there")
+        await refused(world, "nobody is there", "client:vm-1")
         again = Scripted("vm-1")
         await again.attend(host)
         assert (await world.jump()).state is State.RESTORED
@@ -364,7 +364,7 @@ def test_a_client_writes_its_state_while_it_is_asked_to_stand_still_and_finds_it
             with pytest.raises(Refused, match="vm-1"):
                 await host.states(client.me, handle)
 
-        await refused(world, "nobody is there")
+        await refused(world, "nobody is there", "client:vm-1")
         guest = Scripted("vm-1", preparing=not_now, quiesce=write, commit=not_now)
         await guest.attend(host)
         host = await world.jump()

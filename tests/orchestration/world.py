@@ -273,10 +273,12 @@ class World:
                     return True
                 at = end
 
-    async def update(self, hold_at: State | None = None) -> list[EventView]:
+    async def update(
+        self, hold_at: State | None = None, *, overrides: Iterable[str] = (), cmdline: str | None = None
+    ) -> list[EventView]:
         """Load and run an update to its end. Raises UpdateFailed, or ProcessDied when the machine jumped."""
-        await self.host.load(str(self.image))
-        return [event async for event in await self.host.update(hold_at)]
+        await self.host.load(str(self.image), cmdline=cmdline)
+        return [event async for event in await self.host.update(hold_at, overrides=list(overrides))]
 
     async def jump(self) -> Host:
         """An update that goes through, the next kernel, and the next khod; the events are in `self.events`."""

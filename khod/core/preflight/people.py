@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Instances and those who answer for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from khod.core.preflight.situation import Instance, Situation
+from khod.core.preflight.verdict import Check, blocker, ok, warning
+
+
+def checks(seen: Situation) -> Iterator[Check]:
+    """A row for all that have nothing against an update, and one for each that has."""
+    objecting = [i for i in seen.instances if i.objections]
+    for instance in objecting:
+        # Decision 7: what is not whole would be lost by the jump without a word.
+        evidence = "; ".join(instance.objections)
+        name = instance.label
+        remedy = f"mend it, or `khoctl unregister {name}`"
+        if not instance.sound:
+            remedy = f"`khoctl claim --unverified {name}` hands it out, `khoctl discard {name}` lets go of it"
+        yield blocker(f"instance:{instance.label}", evidence, remedy, final=not instance.sound)
+    for instance in seen.instances:
+        if instance.opaque:
+            evidence = f"{instance.label}: contents unknown, and its holder can delay the jump"
+            yield warning(f"opaque:{instance.label}", evidence, "have its owner register what is in it")
+        if instance.deserted:
+            yield _deserted(instance)
+    well = len(seen.instances) - len(objecting)
+    yield ok("instances", f"{well} of {len(seen.instances)} instances have nothing against it")
+
+
+def _deserted(instance: Instance) -> Check:
+    evidence = f"{instance.label}: its client has to answer, and no living one is subscribed"
+    if instance.required:
+        return blocker(f"client:{instance.label}", evidence, "start the client, or unregister the instance")
+    return warning(f"client:{instance.label}", f"{evidence}: it will be left behind", "start the client")

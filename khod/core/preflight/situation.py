@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is looked at before an update, all in one place and with nothing touched: checks judge a `Situation` and ask nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from khod.abi import bzimage, cmdline, kernel_image
+from khod.core import images
+from khod.core.blocking import blocking
+from khod.core.need import Need, reckon
+from khod.core.ports import Image, KernelFacts, Machine, MemoryFigures
+from khod.core.registry import Entry, Grade
+from khod.core.settings import Settings
+from khod.errors import FormatError, KhodError, MachineError
+
+_INITRD_HEAD = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The kernel to jump to."""
+
+    image: Image
+    header: bzimage.SetupHeader
+    kernel: kernel_image.KernelImage | None
+    """None when it could not be read; `problem` says why."""
+    problem: str
+    signed: bool | None
+    """Whether it carries a signature; None when it cannot carry one."""
+    initrd_size: int
+    """0 for none."""
+    initrd_head: bytes
+    """Its first bytes."""
+
+    @property
+    def options(self) -> cmdline.CommandLine:
+        """What it will be told."""
+        return cmdline.parse(self.image.cmdline)
+
+    def configured(self, option: str) -> bool | None:
+        """Whether it is built with this, built in; None when nobody knows."""
+        if self.kernel is None or self.kernel.config is None:
+            return None
+        return self.kernel.config.get(option) == "y"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """One instance, and what is to be said against its coming along."""
+
+    label: str
+    objections: tuple[str, ...]
+    sound: bool = True
+    """Whether it is whole: one that is damaged, or that no driver knows, may not go along."""
+    opaque: bool = False
+    required: bool = True
+    """Whether an update fails without it."""
+    deserted: bool = False
+    """Its client has to answer, and is not there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """This host, now."""
+
+    release: str
+    facts: KernelFacts
+    device: MachineError | None
+    """Why /dev/liveupdate cannot be used."""
+    figures: MemoryFigures
+    need: Need
+    size: int
+    """Bytes that the next kernel's khod will retrieve."""
+    files: int
+    """Descriptors of them."""
+    doubt: str
+    """Why retrieving them might fail there, were it configured as this one is."""
+    loaded: bool
+    """Whether a kernel image is in place, which khod did not load."""
+    instances: tuple[Instance, ...]
+    target: Target | None
+
+    @property
+    def options(self) -> cmdline.CommandLine:
+        """What the running kernel was told."""
+        return cmdline.parse(self.facts.cmdline)
+
+
+class Surveyor:
+    """Looks. Keeps what it read of the last image, for reading one takes longer than all else."""
+
+    def __init__(self, machine: Machine, settings: Settings) -> None:
+        self._machine, self._settings = machine, settings
+        self._last: tuple[str, Target] | None = None
+
+    async def look(self, entries: Sequence[Entry], image: Image | None, deserted: Sequence[Entry] = ()) -> Situation:
+        """The situation with these instances and this image. `deserted` are those whose client has to answer, and is gone."""
+        instances = [await self._instance(entry, entry in deserted) for entry in entries]
+        return await blocking(self._look, entries, image, tuple(instances))
+
+    def _look(self, entries: Sequence[Entry], image: Image | None, instances: tuple[Instance, ...]) -> Situation:
+        machine = self._machine
+        device: MachineError | None = None
+        try:
+            machine.liveupdate.probe()
+        except MachineError as error:
+            device = error
+        figures = machine.memory.figures()
+        need = reckon(entries, machine.files, figures, self._settings.reserve)
+        size, files = _retrieved(machine, entries)
+        try:
+            doubt = machine.custody.doubt(size, files)
+        except KhodError as error:
+            doubt = str(error)
+        return Situation(
+            release=machine.boot.boot().release,
+            facts=machine.kernel.facts(),
+            device=device,
+            figures=figures,
+            need=need,
+            size=size,
+            files=files,
+            doubt=doubt,
+            loaded=machine.kexec.loaded(),
+            instances=instances,
+            target=self._target(image) if image else None,
+        )
+
+    async def _instance(self, entry: Entry, deserted: bool) -> Instance:
+        opaque = entry.grade is Grade.OPAQUE
+        return Instance(
+            label=entry.label,
+            objections=tuple(await self._objections(entry)),
+            sound=entry.state.sound,
+            opaque=opaque,
+            required=entry.required,
+            deserted=deserted,
+        )
+
+    async def _objections(self, entry: Entry) -> list[str]:
+        if not entry.state.sound or (entry.driver is None and entry.grade is Grade.REGISTERED):
+            return [f"{entry.label} is {entry.state}: {entry.problem}"]
+        if entry.driver is None:
+            return []
+        try:
+            probe = await entry.driver.probe(self._machine)
+            if not probe.supported:
+                return [f"{entry.label}: driver {entry.driver.name} cannot work here: {probe.reason}"]
+            return list(await entry.driver.check(entry.view(self._machine)))
+        except KhodError as error:
+            return [f"{entry.label}: {error}"]
+
+    def _target(self, image: Image) -> Target:
+        if self._last is None or self._last[0] != image.sha256:
+            self._last = image.sha256, read(image)
+        last = self._last[1]
+        return Target(
+            image=image,
+            header=last.header,
+            kernel=last.kernel,
+            problem=last.problem,
+            signed=last.signed,
+            initrd_size=last.initrd_size,
+            initrd_head=last.initrd_head,
+        )
+
+
+def read(image: Image) -> Target:
+    """Everything that the files of an image say. They were checked when it was opened, so that they have a header."""
+    data = images.kernel_bytes(image, kernel_image.MAX_FILE)
+    initrd_size, initrd_head = images.initrd_size_and_head(image, _INITRD_HEAD)
+    kernel, problem = None, ""
+    try:
+        kernel = kernel_image.read(data)
+    except FormatError as error:
+        problem = error.message
+    return Target(
+        image=image,
+        header=bzimage.parse(data[: bzimage.HEADER_SIZE]),
+        kernel=kernel,
+        problem=problem,
+        signed=bzimage.signature(data[: bzimage.HEADER_SIZE]),
+        initrd_size=initrd_size,
+        initrd_head=initrd_head,
+    )
+
+
+def _retrieved(machine: Machine, entries: Sequence[Entry]) -> tuple[int, int]:
+    size = files = 0
+    for entry in entries:
+        for preserve in entry.declaration.fds:
+            size += machine.files.stat(preserve.fd).size
+            files += 1
+        size += sum(bound.size for bound in entry.declaration.states)
+        files += len(entry.declaration.states)
+    return size, files
