@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -284,19 +285,30 @@ class Kernel:
         return self.systemd.inhibit(task, why)
 
     def _manager_kexec(self, task: Task) -> None:
-        """systemctl kexec. PID 1 stops everybody, the caller first of all: here the call does not return any more. When the
-        kernel then refuses to jump (a fault of `execute`), PID 1 resets the machine."""
+        """systemctl kexec: asks PID 1 to do as `shut_down` does, and only returns if `Systemd.at_once` is not set."""
         systemd = self.systemd
         if systemd is None or systemd.doubt:
             raise absent(f"kexec: {self._manager_doubt(task)}")
         if self.kexec.image is None:
             raise OSError(errno.EINVAL, "no image is loaded")
-        self._end_all()
-        systemd.hand_over()
-        if self.faults.strike("execute", systemd.task.pid) is not None:
-            self.power_off()
-            raise ProcessDied("the machine was reset")
-        self._execute(systemd.task)
+        systemd.asked.set()
+        if systemd.at_once:
+            self.shut_down()
+            raise ProcessDied("PID 1 has stopped everybody")
+
+    def shut_down(self) -> None:
+        """PID 1 ends every process, and jumps with what is in its store. When the kernel refuses (no image is loaded any more,
+        or a fault of `execute`), it resets the machine."""
+        with self._lock:
+            assert self.systemd is not None, "nobody here to shut the machine down"
+            self._end_all()
+            self.systemd.hand_over()
+            refused = self.faults.strike("execute", self.systemd.task.pid) is not None
+            if refused or self.kexec.image is None:
+                self.power_off()
+                return
+            with suppress(ProcessDied):
+                self._execute(self.systemd.task)
 
     def _execute(self, task: Task) -> None:
         """reboot(LINUX_REBOOT_CMD_KEXEC). Returns to nobody: every process dies with the kernel."""

@@ -12,6 +12,7 @@ import errno
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import Event
 
 from khod.simulated.inode import Inode, OpenFile
 from khod.simulated.luo import LiveUpdate, Outgoing, OutOfMemoryKill
@@ -46,6 +47,11 @@ class Systemd:
     """FileDescriptorStoreMax= of the custodian's unit."""
     doubt: str = ""
     """Why it does not carry its store into the next kernel, as one before 261; '' when it does."""
+    at_once: bool = True
+    """Whether ``systemctl kexec`` has everybody stopped before it returns. If not, it returns, as it does on Linux, and
+    whoever plays the machine calls `Kernel.shut_down` when it is time."""
+    asked: Event = field(default_factory=Event)
+    """Set when it was asked to jump."""
     inhibitors: list[str] = field(default_factory=list)
     """Reasons of those who hold off a shutdown now."""
 

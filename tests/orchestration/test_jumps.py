@@ -273,3 +273,28 @@ def test_a_jump_of_pid_1_that_fails_is_a_cold_boot_and_said_to_be_lost(tmp_path:
         assert host.state is State.LOST
 
     asyncio.run(play())
+
+
+def test_the_jump_comes_when_khod_and_its_custodian_are_gone_already(tmp_path: Path) -> None:
+    """What PID 1 does with a host: services end first, then it jumps, with what is in its store."""
+    world = World(tmp_path, settings=BY_SYSTEMD, systemd=True)
+
+    async def play() -> None:
+        await world.khod()
+        await world.register("vm", world.memory(fill=b"through"))
+        systemd = world.kernel.systemd
+        assert systemd is not None
+        systemd.at_once = False
+        updating = asyncio.create_task(world.update())
+        assert await asyncio.to_thread(systemd.asked.wait, 10)
+        world.kill(world.process, *world.twins())
+        world.kernel.shut_down()
+        updating.cancel()
+        await asyncio.wait([updating])
+        world.boot()
+        host = await world.khod()
+        assert host.state is State.RESTORED, host.problems
+        process, there = await world.claimed("vm")
+        assert world.intact(there, fill=b"through", process=process)
+
+    asyncio.run(play())

@@ -321,6 +321,33 @@ def test_a_jump_that_fails_behind_everybody_is_a_cold_boot(big: Kernel, tmp_path
     booted.power_off()
 
 
+@pytest.mark.parametrize("unloaded", [False, True])
+def test_the_shutdown_comes_when_khod_is_gone_already(big: Kernel, tmp_path: Path, unloaded: bool) -> None:
+    """As on Linux: the request is accepted, services end by SIGTERM, and what PID 1 stores is all that is left."""
+    khod = big.spawn("khod")
+    host = machine(khod)
+    (tmp_path / "bzImage").write_bytes(image.build())
+    host.kexec.load(host.kexec.open(str(tmp_path / "bzImage")))
+    session = outgoing(khod, "a", b"guest")
+    host.custody.offer([session])
+    assert big.systemd is not None
+    big.systemd.at_once = False
+    host.manager.kexec()
+    assert host.liveupdate.session_name(session) == "a", "there still is somebody to ask"
+    khod.exit()
+    killer = big.spawn("killer")
+    killer.kill(*twins(big))
+    if unloaded:
+        machine(killer).kexec.unload()
+    big.shut_down()
+    with pytest.raises(ProcessDied):
+        killer.memfd(0)
+    booted = Kernel.boot(big.directory)
+    custody = machine(booted.spawn("khod")).custody
+    assert custody.sessions() == ([] if unloaded else ["a"])
+    booted.power_off()
+
+
 def test_a_pid_1_that_does_not_carry_its_store_does_not_jump(big: Kernel) -> None:
     khod = big.spawn("khod")
     assert big.systemd is not None
