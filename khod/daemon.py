@@ -17,17 +17,21 @@ from pathlib import Path
 from khod import __version__, config
 from khod.api.listening import inherited, listen
 from khod.api.peers import Processes
+from khod.core.alerts import Alert, alert
 from khod.core.host import Host
 from khod.core.ports import Machine
 from khod.core.settings import Settings
 from khod.core.state import State
-from khod.errors import KhodError
+from khod.errors import CustodianGone, KhodError, Refused
 from khod.kernel.occupation import occupy, trouble
 from khod.kernel.systemd import Systemd
 from khod.plugin.manager import PluginManager
 from khod.supervision import Answerable, Notifier, beside, show, undo_at_shutdown, until_it_may_end
 
 logger = logging.getLogger(__name__)
+
+MARGIN = 30.0
+"""Seconds that systemd waits beyond the deadline of an instance that is being restored."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,9 +45,14 @@ def main(argv: list[str] | None = None) -> int:
         set_up_logging(settings.log_level)
         return asyncio.run(serve(settings, Notifier()))
     except KhodError as error:
-        print(f"khod: {error.message}", file=sys.stderr)  # noqa: T201
-        if error.hint:
-            print(f"khod: {error.hint}", file=sys.stderr)  # noqa: T201
+        if set_up_logging("info"):
+            another, custody = isinstance(error, Refused), isinstance(error, CustodianGone)
+            kind = Alert.ANOTHER_KHOD if another else Alert.NO_CUSTODY if custody else Alert.NOT_STARTED
+            alert(logger, kind, "%s", error)
+        else:
+            print(f"khod: {error.message}", file=sys.stderr)  # noqa: T201
+            if error.hint:
+                print(f"khod: {error.hint}", file=sys.stderr)  # noqa: T201
         return error.exit_status
 
 
@@ -61,17 +70,16 @@ async def serve(configuration: config.Config, notifier: Notifier) -> int:
     passed = inherited(configuration.socket)
     listener = passed or listen(configuration.socket, everybody=bool(configuration.policy))
     if reason := trouble(place):
-        logger.error("%s", reason)
+        alert(logger, Alert.NO_JOURNAL, "%s", reason)
     answerable = Answerable()
     answerable.say(State.RESTORING)
     machine = open_machine(configuration)
     processes = Processes(asyncio.get_running_loop())
     host = Host(machine, core_settings(configuration), PluginManager(), processes.watch)
     notifier.status("Looking for what the previous kernel left")
-    state = await host.start()
+    state = await host.start(lambda text: notifier.progress(text, configuration.deadlines.restoring + MARGIN))
     if reason:
         host.problems.append(reason)
-    logger.info("started in state %s", state)
 
     from khod.api.server import serve as serve_api  # not on the way to restored
 
@@ -141,8 +149,10 @@ def core_settings(configuration: config.Config) -> Settings:
     )
 
 
-def set_up_logging(level: str) -> None:
-    """To the journal, with priorities, where systemd reads our standard error and its bindings are there; else as text."""
+def set_up_logging(level: str) -> bool:
+    """To the journal, with priorities and fields, where systemd reads our standard error and its bindings are there; else as
+    text. Returns whether it is the journal. Again: no effect but on the answer."""
+    journal = False
     handler: logging.Handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     if os.environ.get("JOURNAL_STREAM"):
@@ -151,8 +161,9 @@ def set_up_logging(level: str) -> None:
         except ImportError:
             pass
         else:
-            handler = JournalHandler(SYSLOG_IDENTIFIER="khod")
+            handler, journal = JournalHandler(SYSLOG_IDENTIFIER="khod"), True
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    return journal
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from khod.core.alerts import Alert, alert
 from khod.core.host import Host
 from khod.core.state import State
 from khod.errors import InvalidRequest, KhodError
@@ -164,7 +165,7 @@ async def undo(host: Host, why: str) -> None:
     """Undo the update under way, if there is one."""
     if not host.state.outgoing:
         return
-    logger.warning("%s: undoing the update", why)
+    alert(logger, Alert.SHUTDOWN, "%s: undoing the update", why)
     try:
         await host.abort()
     except KhodError as error:
@@ -181,7 +182,7 @@ async def until_it_may_end(told: asyncio.Event, host: Host, manager: Manager, sa
     said = ""
     while not _left_to_systemd(host) and (reason := host.keeps_from_exit()):
         if reason != said:
-            logger.error("not stopping yet: %s", reason)
+            alert(logger, Alert.STAYS, "not stopping yet: %s", reason)
             said = reason
         say(f"Not stopping yet: {reason}")
         if host.state.outgoing and await _asked(manager.stopping, unknown=False):

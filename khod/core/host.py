@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from khod import __version__
 from khod.core import views
+from khod.core.alerts import Alert, alert, alert_start
 from khod.core.blocking import blocking
 from khod.core.book import Book
 from khod.core.broker import Broker
@@ -84,13 +85,15 @@ class Host:
     def _update_id(self) -> str:
         return self.last_update.id if self.last_update else self._ident
 
-    async def start(self) -> State:
+    async def start(self, progress: Callable[[str], None] = lambda text: None) -> State:
         """Find out which boot this is, and undo or restore accordingly (decisions 14 and 21).
 
         Raises MachineError when that cannot be known now (the device is held by somebody): nothing was lost by it, start
-        again. After it, `verify` compares what restoring has left to be compared.
+        again. After it, `verify` compares what restoring has left to be compared. `progress` is told in a sentence whenever
+        something is done on the way; the next takes no longer than `Settings.restoring`.
         """
         startup = Startup(self.machine, self.settings, self.drivers, self.journal, self.boot, self.book)
+        startup.progress = progress
         self._state = await startup.run()
         self._ident = startup.update
         self.incoming = startup.incoming
@@ -101,6 +104,7 @@ class Host:
         if any(e.state.unclaimed for e in self.registry):
             asyncio.get_running_loop().call_later(self.settings.orphans_after, self._report_orphans)
         self._startup = startup
+        alert_start(logger, self._state, self._ident, self.problems)
         return self._state
 
     def verify(self) -> asyncio.Task[None] | None:
@@ -165,12 +169,15 @@ class Host:
     def _report_orphans(self) -> None:
         for entry in self.orphans():
             age = (self.machine.clock.stamp().realtime - entry.since) / 1e9
-            logger.warning(
+            alert(
+                logger,
+                Alert.ORPHAN,
                 "orphan: %s, %d bytes, unclaimed for %.0f s: kept until it is claimed or discarded",
                 entry.label,
                 entry.declaration.size,
                 age,
-                extra={"KHOD_INSTANCE": entry.name, "KHOD_OWNER": str(entry.owner), "KHOD_KIND": "orphan"},
+                KHOD_INSTANCE=entry.name,
+                KHOD_OWNER=str(entry.owner),
             )
 
     # Service: looking

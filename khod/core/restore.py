@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from khod.core import sample
+from khod.core.alerts import Alert, alert
 from khod.core.blocking import blocking
 from khod.core.book import Book
 from khod.core.driver import Declaration, Drivers, Preserve, Request, StateArea, StateBound
@@ -156,7 +157,8 @@ class Restorer:
         entry.state = InstanceState.RESTORED
 
     def _mark(self, entry: Entry, state: InstanceState, problem: str) -> None:
-        logger.error("instance %s: %s: %s", entry.label, state, problem)
+        fields = {"KHOD_INSTANCE": entry.name, "KHOD_OWNER": str(entry.owner)}
+        alert(logger, Alert.INSTANCE_UNSOUND, "instance %s: %s: %s", entry.label, state, problem, **fields)
         entry.state, entry.problem = state, problem
         self.verification.problems.append(f"{entry.label}: {problem}")
 

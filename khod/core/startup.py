@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from khod.core import ledger
+from khod.core.alerts import Alert, alert
 from khod.core.blocking import blocking
 from khod.core.book import Book
 from khod.core.driver import Drivers
@@ -43,6 +44,9 @@ class Startup:
         self.problems: list[str] = []
         self.ledger = Ledger()
         self._verification: Verification | None = None
+        self.progress: Callable[[str], None] = lambda text: None
+        """Told in a sentence whenever something is done; what comes next takes no longer than `Settings.restoring`."""
+        self._done = 0
 
     async def run(self) -> State:
         """Returns the state that khod is in from now on. Raises MachineError when that cannot be known now, CustodianGone
@@ -155,6 +159,7 @@ class Startup:
     async def _restore(self, incoming: Incoming) -> State:
         self.problems += await blocking(self.drivers.load)
         others = {entry.key: entry for entry in await self._revived({})}
+        self.progress("Reading what came through")
         await blocking(read_tree, self.machine, incoming)
         again = bool(incoming.update) and self.book.contents.accepted == incoming.update
         if not again:
@@ -165,7 +170,7 @@ class Startup:
         if not again:
             self._note(State.RESTORING, release=self.boot.release, count=self.boot.kexec_count)
         restorer = Restorer(self.machine, self.settings, self.drivers, incoming, self.book)
-        restorer.on_instance = lambda entry: logger.info("restored: %s: %s", entry.label, entry.state)
+        restorer.on_instance = self._note_restored
         restored: list[Entry] = []
         if not incoming.verdict:
             try:
@@ -191,6 +196,12 @@ class Startup:
         )
         self._verification = restorer.verification
         return State.RESTORED
+
+    def _note_restored(self, entry: Entry) -> None:
+        logger.info("restored: %s: %s", entry.label, entry.state)
+        self._done += 1
+        assert self.incoming is not None
+        self.progress(f"Restored {self._done} of {len(self.incoming.carried)} instances")
 
     def _restored_again(self, verification: Verification) -> State:
         """What came through was accepted earlier in this boot, and taken up again by a khod that was started anew."""
@@ -255,6 +266,8 @@ class Startup:
             problems.append(f"not every folio could be compared: {error}")
             return
         problems += rest.problems
+        if rest.problems:
+            alert(logger, Alert.MEMORY_DIFFERS, "%s", "; ".join(rest.problems), KHOD_UPDATE=self.update)
         self._verification.folios = rest.folios
         checked = self._verification.sentence()
         self._journal("verified", checked=checked, problems=rest.problems, folios=rest.folios)
@@ -273,5 +286,5 @@ class Startup:
         try:
             self.journal.note(self.update, event, **data)
         except KhodError as error:
-            logger.exception("journal")
+            alert(logger, Alert.NO_JOURNAL, "%s", error)
             self.problems.append(f"the journal could not be written: {error}")

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from khod.core.alerts import OF_STATE, Alert, alert
 from khod.core.blocking import blocking, opening
 from khod.core.broker import Broker
 from khod.core.events import Broadcast
@@ -303,7 +304,9 @@ class Update:
 
     async def _leave_behind(self, entry: Entry, reason: str) -> None:
         self.left_behind[entry] = reason
-        self.say("problem", f"left behind: {entry.label}: {reason}", instance=entry.label)
+        text = f"left behind: {entry.label}: {reason}"
+        alert(logger, Alert.INSTANCE_LEFT_BEHIND, "%s", text, KHOD_INSTANCE=entry.name, KHOD_OWNER=str(entry.owner))
+        self.say("problem", text, instance=entry.label)
         await self.thaw([entry])
         await blocking(self.outgoing.forget, entry)
         await blocking(entry.close_session, self.machine)
@@ -370,7 +373,10 @@ class Update:
     def say(self, kind: str, message: str, *, instance: str = "", seconds: float = 0.0, fraction: float = 0.0) -> None:
         """To whoever listens."""
         fields = {"KHOD_UPDATE": self.id, "KHOD_STATE": self.state, "KHOD_KIND": kind, "KHOD_INSTANCE": instance}
-        logger.info("update %s: %s: %s", self.id, kind, message, extra=fields)  # fields of the journal's entry, under systemd
+        if kind == "state" and self.state in OF_STATE:
+            alert(logger, OF_STATE[self.state], "update %s: %s: %s", self.id, self.state, message, **fields)
+        else:
+            logger.info("update %s: %s: %s", self.id, kind, message, extra=fields)  # in the journal's entry, under systemd
         self._events.send(
             EventView(
                 time=self.machine.clock.stamp().realtime,

@@ -203,7 +203,9 @@ class World:
         for plugin in self.plugins:
             manager.register(plugin, plugin.name)
         self.host = Host(machine(self.process), self.settings, manager)
-        await self.host.start()
+        self.told: list[str] = []
+        """What systemd would hear while khod starts."""
+        await self.host.start(self.told.append)
         return self.host
 
     def power_cut(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from khod.core.state import State
-from khod.supervision import ANSWERABLE, UNANSWERABLE
+from khod.supervision import ANSWERABLE, UNANSWERABLE, Notifier
 from tests.unit.daemons import CODE, ROOT, Daemon, powered
 from tests.unit.test_house import tool
 
@@ -51,6 +51,19 @@ def test_it_says_that_it_is_ready_lives_and_ends(place: Path) -> None:
         status, said = khod.end()
         khod.hear("STOPPING=1")
     assert status == 0, said
+
+
+def test_progress_buys_time_and_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        notifier = Notifier()
+        notifier.progress("Restored 1 of 2 instances", 150.0)
+        assert systemd.recv(4096) == b"STATUS=Restored 1 of 2 instances\nEXTEND_TIMEOUT_USEC=150000000"
+        notifier.status("Restored 1 of 2 instances")
+        notifier.status("restored: 2 of 2 instances not claimed yet")
+        assert systemd.recv(4096) == b"STATUS=restored: 2 of 2 instances not claimed yet", "said once as long as it is the same"
 
 
 def test_a_watchdog_of_another_process_is_none_of_its_business(place: Path) -> None:
