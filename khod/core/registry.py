@@ -296,12 +296,21 @@ def order(entries: Iterable[Entry]) -> list[list[Entry]]:
     return generations
 
 
-def dependents(entry: Entry, entries: Iterable[Entry]) -> list[Entry]:
-    """Those of `entries` that need `entry`, directly or through others."""
-    found: dict[Key, Entry] = {}
-    pool = list(entries)
-    keys = {entry.key}
-    while more := [e for e in pool if e.key not in found and keys & e.needs]:
-        found.update((e.key, e) for e in more)
-        keys.update(e.key for e in more)
-    return list(found.values())
+def users(entries: Iterable[Entry]) -> dict[Key, list[Entry]]:
+    """Who needs an instance directly, by what names it."""
+    found: dict[Key, list[Entry]] = {}
+    for entry in entries:
+        for key in entry.needs:
+            found.setdefault(key, []).append(entry)
+    return found
+
+
+def dependents(entry: Entry, users: Mapping[Key, Iterable[Entry]]) -> list[Entry]:
+    """Those that need `entry`, directly or through others; `users` says who needs whom."""
+    found: dict[Entry, None] = {}
+    todo = [entry]
+    while todo:
+        new = [e for e in users.get(todo.pop().key, ()) if e not in found and e is not entry]
+        found.update(dict.fromkeys(new))
+        todo += new
+    return list(found)

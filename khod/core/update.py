@@ -23,7 +23,7 @@ from khod.core.ledger import Ledger
 from khod.core.outgoing import Outgoing
 from khod.core.ports import Boot, Image, Machine, Stamp
 from khod.core.question import Phase
-from khod.core.registry import Entry, dependents, order
+from khod.core.registry import Entry, dependents, order, users
 from khod.core.settings import Settings
 from khod.core.state import TRANSITIONS, State
 from khod.core.steps import Step
@@ -68,6 +68,7 @@ class Update:
         self.held = False
         self.all_entries = [e for generation in order(entries) for e in generation]
         """In dependency order, with those that are left behind."""
+        self._users = users(entries)
         self.state_before = {e: e.state for e in entries}
         self.to_thaw: set[Entry] = set()
         """Whose driver was told to prepare and not yet to thaw."""
@@ -294,13 +295,16 @@ class Update:
     async def instance_failed(self, entry: Entry, error: KhodError) -> None:
         """A required instance fails the update, and so does an optional one that a required one depends on; an optional one
         is left behind with all that depend on it. Raises UpdateFailed."""
-        leaving = [entry, *dependents(entry, self.entries)]
+        leaving = [entry, *self._dependents(entry)]
         if required := [e for e in leaving if e.required]:
             by = "" if required[0] is entry else f", which {required[0].label} requires"
             raise UpdateFailed(f"instance {entry.label}{by}: {error.message}", hint=error.hint)
         for e in leaving:
             if e not in self.left_behind:
                 await self._leave_behind(e, error.message if e is entry else f"requires {entry.label}, which stays behind")
+
+    def _dependents(self, entry: Entry) -> list[Entry]:
+        return [e for e in dependents(entry, self._users) if e not in self.left_behind]
 
     async def _leave_behind(self, entry: Entry, reason: str) -> None:
         self.left_behind[entry] = reason
@@ -325,7 +329,7 @@ class Update:
             if entry in self.left_behind:
                 continue
             await self._leave_behind(entry, "its lifetime is over")
-            for other in dependents(entry, self.entries):
+            for other in self._dependents(entry):
                 if other not in self.left_behind:
                     await self.instance_failed(other, UpdateFailed(f"requires {entry.label}, which ended meanwhile"))
 

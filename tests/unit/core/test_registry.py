@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 
 from khod.core.driver import Declaration
-from khod.core.registry import ROOT, Entry, Registry, dependents, order
+from khod.core.registry import ROOT, Entry, Registry, dependents, order, users
 from khod.errors import InvalidRequest, Refused
 
 
@@ -61,4 +61,11 @@ def test_a_circle_is_refused_by_name() -> None:
 
 def test_dependents_are_found_through_others() -> None:
     ram, iommu, vfio, other = entry("ram"), entry("iommu", "ram"), entry("vfio", "iommu"), entry("other")
-    assert {e.name for e in dependents(ram, [ram, iommu, vfio, other])} == {"iommu", "vfio"}
+    known = users([ram, iommu, vfio, other])
+    assert {e.name for e in dependents(ram, known)} == {"iommu", "vfio"}
+    assert dependents(vfio, known) == []
+
+
+def test_dependents_of_a_circle_are_the_others_in_it() -> None:
+    a, b = entry("a", "b"), entry("b", "a")
+    assert dependents(a, users([a, b])) == [b]
