@@ -96,6 +96,15 @@ class StateArea:
             )
         self._files.write(self.fd, 0, _LENGTH.pack(len(data)) + data)
 
+    def check(self) -> None:
+        """Hold what somebody else wrote to the bound. Raises UpdateFailed."""
+        (length,) = _LENGTH.unpack(self._files.read(self.fd, 0, _LENGTH.size))
+        if length > self.bound.size:
+            raise UpdateFailed(
+                f"state {self.bound.name!r} says that it has {length} bytes and was declared to need at most {self.bound.size}",
+                hint="its client writes the length first, u64 little-endian, then the bytes; or its bound is too small",
+            )
+
     def read(self) -> bytes:
         """What was written; b'' if nothing was. Raises FormatError when the length is more than the memfd holds."""
         size = self._files.stat(self.fd).size

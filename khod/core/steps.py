@@ -215,6 +215,8 @@ class FreezeInstances(Step):
     async def _one(self, entry: Entry) -> None:
         if entry.driver is not None:
             entry.properties.update(await entry.driver.freeze(entry.view(self.update.machine)))
+        for bound in entry.client_states:
+            await blocking(entry.states[bound.name].check)
         entry.state = InstanceState.FROZEN
 
 

@@ -377,6 +377,29 @@ def test_a_client_writes_its_state_while_it_is_asked_to_stand_still_and_finds_it
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(("length", "fits"), [(0, True), (64, True), (65, False), (2**64 - 1, False)])
+def test_a_state_that_outgrows_its_bound_fails_its_instance(world: World, length: int, fits: bool) -> None:
+    """Decision 9."""
+
+    async def scenario() -> None:
+        host = await world.khod()
+        await world.register("vm-1", world.memory(), states=[StateBound("registers", 64)])
+
+        async def write(client: Scripted, view: LifecycleView) -> None:
+            ((_, fd),) = await host.states(client.me, view.handles[0])
+            vmm, mine = world.received(fd)
+            vmm.write(mine, 0, length.to_bytes(8, "little"))
+            await Guest.hear(client, view)
+
+        await Scripted("vm-1", quiesce=write).attend(host)
+        if fits:
+            assert (await world.jump()).state is State.RESTORED
+        else:
+            await refused(world, f"vm-1: state 'registers' says that it has {length} bytes .* at most 64")
+
+    asyncio.run(scenario())
+
+
 async def opaque(world: World, name: str = "agent") -> str:
     return (await world.host.register_opaque(ME, name, Lifetime.PERSISTENT)).handle
 
@@ -425,9 +448,18 @@ def test_a_client_fills_a_session_of_its_own_once_an_update_while_it_is_asked(wo
 def test_a_client_that_asks_for_no_session_stops_the_update(world: World) -> None:
     async def scenario() -> None:
         host = await world.khod()
-        await opaque(world)
-        await Guest("agent").attend(host)
+        handle = await opaque(world)
+
+        async def late(client: Scripted, view: LifecycleView) -> None:
+            await Guest.hear(client, view)
+            with pytest.raises(Refused, match="before you answer"):
+                await host.open_session(client.me, handle)
+            assert not world.kernel.luo.outgoing
+
+        guest = Scripted("agent", preparing=late)
+        await guest.attend(host)
         await refused(world, "asked for no session")
+        assert guest.log[-1] == "aborted"
 
     asyncio.run(scenario())
 
