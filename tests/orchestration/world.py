@@ -197,7 +197,11 @@ class World:
 
     async def khod(self) -> Host:
         """A new khod process, started."""
-        self.process = self.kernel.spawn("khod")
+        return await self.khod_in(self.kernel.spawn("khod"))
+
+    async def khod_in(self, process: Process) -> Host:
+        """khod in a process that is there already."""
+        self.process = process
         manager = PluginManager()
         manager.register(khod_guestmemfd, "guestmemfd")
         for plugin in self.plugins:
