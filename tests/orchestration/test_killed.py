@@ -154,6 +154,7 @@ class Landed:
         world = World.__new__(World)
         world.directory = self.scene.directory / str(self.scene.runs) / "machine"
         world.image, world.settings, world.plugins = self.origin.image, self.origin.settings, [Recorder()]
+        world.watch = self.origin.watch
         shutil.copytree(self.origin.directory, world.directory, copy_function=_sparse)
         world.boot()
         return world

@@ -14,6 +14,7 @@ import khod_guestmemfd
 
 from khod.core.callers import Caller, Kind, Lifetime, Owner, Right
 from khod.core.host import Host
+from khod.core.keepers import Watch
 from khod.core.question import ANSWERED
 from khod.core.registry import Entry
 from khod.core.service import Registration
@@ -123,6 +124,8 @@ class Guest:
     def __init__(self, *instances: str, silent: Iterable[str] = ()) -> None:
         self.instances, self.silent = instances, set(silent)
         self.log: list[str] = []
+        self.on: dict[str, Callable[[], Awaitable[None]]] = {}
+        """What it does before it answers, by phase."""
         self.link = Link()
         self.me = caller(connection=self.link)
 
@@ -141,6 +144,8 @@ class Guest:
 
     async def hear(self, view: LifecycleView) -> None:
         """Answer."""
+        if view.phase in self.on:
+            await self.on[view.phase]()
         if view.phase in ANSWERED and view.phase not in self.silent:
             await self.host.ready(self.me, view.update, view.phase)
 
@@ -188,6 +193,7 @@ class World:
         self.image.write_bytes(build())
         self.settings = settings
         self.plugins: list[Recorder] = []
+        self.watch: Watch = lambda pid: None
         self.boot()
 
     def boot(self) -> None:
@@ -206,7 +212,7 @@ class World:
         manager.register(khod_guestmemfd, "guestmemfd")
         for plugin in self.plugins:
             manager.register(plugin, plugin.name)
-        self.host = Host(machine(self.process), self.settings, manager)
+        self.host = Host(machine(self.process), self.settings, manager, self.watch)
         self.told: list[str] = []
         """What systemd would hear while khod starts."""
         await self.host.start(self.told.append)
@@ -243,8 +249,12 @@ class World:
     async def register(self, name: str, fd: int, driver: str = "guestmemfd", **kwargs: Any) -> None:
         """Register a descriptor of the workload's."""
         mine = self.workload.give(fd, self.process)
-        asked = Registration(**{"name": name, "driver": driver, "lifetime": Lifetime.PERSISTENT, **kwargs})
-        await self.host.register(ME, asked, [("memory", mine)])
+        await self.host.register(ME, self.asked(name, driver, **kwargs), [("memory", mine)])
+
+    @staticmethod
+    def asked(name: str, driver: str = "guestmemfd", **kwargs: Any) -> Registration:
+        """A registration that nothing but an operator ends, unless told otherwise."""
+        return Registration(**{"name": name, "driver": driver, "lifetime": Lifetime.PERSISTENT, **kwargs})
 
     def entry(self, name: str) -> Entry:
         """An instance of root's."""
@@ -288,6 +298,11 @@ class World:
 
     async def jump(self) -> Host:
         """An update that goes through, the next kernel, and the next khod; the events are in `self.events`."""
+        await self.jump_away()
+        return await self.khod()
+
+    async def jump_away(self) -> None:
+        """An update that goes through, and the next kernel, without khod."""
         self.events: list[EventView] = []
         await self.host.load(str(self.image))
         try:
@@ -297,7 +312,6 @@ class World:
             pass
         assert self.kernel.jumped, "the machine did not jump"
         self.boot()
-        return await self.khod()
 
     async def held(self, state: State) -> asyncio.Task[list[EventView]]:
         """An update that stands at `state`; the task follows it to its end."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from khod.abi import bzimage, cmdline, kernel_image
@@ -11,7 +11,7 @@ from khod.core import images
 from khod.core.blocking import blocking
 from khod.core.need import Need, reckon
 from khod.core.ports import Image, KernelFacts, Machine, MemoryFigures
-from khod.core.registry import Entry, Grade
+from khod.core.registry import Entry, Grade, Key
 from khod.core.settings import Settings
 from khod.errors import FormatError, KhodError, MachineError
 
@@ -97,7 +97,8 @@ class Surveyor:
 
     async def look(self, entries: Sequence[Entry], image: Image | None, deserted: Sequence[Entry] = ()) -> Situation:
         """The situation with these instances and this image. `deserted` are those whose client has to answer, and is gone."""
-        instances = [await self._instance(entry, entry in deserted) for entry in entries]
+        there = {entry.key for entry in entries}
+        instances = [await self._instance(entry, there, entry in deserted) for entry in entries]
         return await blocking(self._look, entries, image, tuple(instances))
 
     def _look(self, entries: Sequence[Entry], image: Image | None, instances: tuple[Instance, ...]) -> Situation:
@@ -128,12 +129,13 @@ class Surveyor:
             target=self._target(image) if image else None,
         )
 
-    async def _instance(self, entry: Entry, deserted: bool) -> Instance:
+    async def _instance(self, entry: Entry, there: Collection[Key], deserted: bool) -> Instance:
         opaque = entry.grade is Grade.OPAQUE
+        unmet = [f"{entry.label} requires {name}, which is not registered" for _, name in sorted(entry.needs - set(there))]
         return Instance(
             label=entry.label,
-            objections=tuple(await self._objections(entry)),
-            sound=entry.state.sound,
+            objections=(*unmet, *await self._objections(entry)),
+            sound=entry.state.sound and not _unfinished(entry),
             opaque=opaque,
             required=entry.required,
             deserted=deserted,
@@ -142,6 +144,8 @@ class Surveyor:
     async def _objections(self, entry: Entry) -> list[str]:
         if not entry.state.sound or (entry.driver is None and entry.grade is Grade.REGISTERED):
             return [f"{entry.label} is {entry.state}: {entry.problem}"]
+        if _unfinished(entry):
+            return [f"{entry.label} is opaque and came through a jump: its owner has not said that it is finished"]
         if entry.driver is None:
             return []
         try:
@@ -185,6 +189,11 @@ def read(image: Image) -> Target:
         initrd_size=initrd_size,
         initrd_head=initrd_head,
     )
+
+
+def _unfinished(entry: Entry) -> bool:
+    """Whether it is a session that its owner filled before the last jump, and is not through with."""
+    return entry.grade is Grade.OPAQUE and bool(entry.session_name)
 
 
 def _retrieved(machine: Machine, entries: Sequence[Entry]) -> tuple[int, int]:
