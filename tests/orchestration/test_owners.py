@@ -352,7 +352,7 @@ async def opaque(world: World, name: str = "db") -> tuple[Guest, list[int]]:
         theirs = client.call("descriptor", world.process.pid, session)
         host.machine.files.close(session)
         client.call("preserve_fd", theirs, memory[0], 7)
-        with pytest.raises(Refused, match="no session can be had now"):
+        with pytest.raises(Refused, match="db has had its session"):
             await host.open_session(guest.me, world.entry(name).handle)
 
     guest.on["preparing"] = fill
