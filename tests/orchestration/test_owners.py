@@ -332,7 +332,7 @@ def test_an_instance_with_states_needs_its_client(world: World) -> None:
     async def scenario() -> None:
         await world.khod()
         await world.register("vm-1", world.memory(), states=[StateBound("vcpus", 64)])
-        with pytest.raises(Exception, match="nobody is there to answer for it"):
+        with pytest.raises(Refused, match="client has to answer"):
             await world.update()
 
     asyncio.run(scenario())
@@ -419,5 +419,21 @@ def test_orphans_are_told_of_by_name_and_kept(tmp_path: Path, caplog: pytest.Log
         assert names(world) == ["ram of unit:vmm@1.service", "ram of unit:vmm@2.service"]
         await host.discard(ME, "ram", owner="unit:vmm@1.service")
         assert names(world) == ["ram of unit:vmm@2.service"]
+
+    asyncio.run(scenario())
+
+
+def test_what_requires_an_instance_that_ended_blocks_by_name(world: World) -> None:
+    async def scenario() -> None:
+        await world.khod()
+        link = Link()
+        await registered(world, vmm(connection=link), "ram")
+        await registered(world, vmm(), "device", requires=["ram"])
+        link.end()
+        await settled(world)
+        with pytest.raises(Refused, match=r"device of unit:vmm@1.service requires ram, which is not registered"):
+            await world.update()
+        await world.host.unregister(vmm(), "device")
+        assert (await world.jump()).state is State.RESTORED
 
     asyncio.run(scenario())
