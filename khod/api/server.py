@@ -5,40 +5,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from asyncvarlink import VarlinkInterfaceRegistry
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
 import khod
-from khod.api import peers, policy
+from khod.api import peers
 from khod.api.audit import Audit
 from khod.api.connection import Calls, Connection, Shared
 from khod.api.crowd import Crowd
 from khod.api.descriptors import Bridge
 from khod.api.host import HostInterface
-from khod.api.listening import listen
-from khod.api.peers import Peer, Processes
+from khod.api.listening import ACCEPT_PAUSE, SHORT_OF, listen
+from khod.api.meeting import close_found, find
+from khod.api.peers import Processes
 from khod.api.stream import HangUps
 from khod.config import Limits, Rule
-from khod.core.callers import Caller, Kind, Owner, Right
+from khod.core.callers import Caller
 from khod.core.service import Service
-from khod.errors import NotPermitted
 
 logger = logging.getLogger(__name__)
-
-ACCEPT_PAUSE = 0.25
-"""Seconds until the next try when the system had no descriptor or memory for a connection; it waits in the backlog."""
-
-_NOBODY = Owner(Kind.USER, "nobody")
-_SHORT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 @contextlib.asynccontextmanager
@@ -134,7 +126,7 @@ class Server:
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError as error:
-            if error.errno not in _SHORT_OF:
+            if error.errno not in SHORT_OF:
                 logger.exception("accept failed")
             else:
                 logger.warning("no connection can be accepted for want of descriptors or memory: %s", error)
@@ -170,11 +162,11 @@ class Server:
     async def _meet(self, connection: Connection, sock: socket.socket) -> None:
         """Find out who it is, and take its calls."""
         # A descriptor of its own: the connection may end meanwhile.
-        finding = self._loop.run_in_executor(self._databases, _find, sock.dup(), self._rules)
+        finding = self._loop.run_in_executor(self._databases, find, sock.dup(), self._rules)
         try:
             found = await asyncio.shield(finding)
         except asyncio.CancelledError:
-            finding.add_done_callback(_close_found)
+            finding.add_done_callback(close_found)
             raise
         except Exception as error:
             if not isinstance(error, OSError):
@@ -196,34 +188,6 @@ class Server:
         registry.register_interface(HostInterface(self._service, self._files, caller))
         registry.register_interface(service_interface(registry))
         connection.begin(registry, caller)
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """Who somebody is, and what he may do, or why he may nothing."""
-
-    peer: Peer
-    owner: Owner = _NOBODY
-    granted: frozenset[Right] = frozenset()
-    refusal: NotPermitted | None = None
-
-
-def _find(sock: socket.socket, rules: Sequence[Rule]) -> _Found:
-    with sock:
-        peer = peers.identify(sock)
-    try:
-        return _Found(peer, *policy.rights(rules, peer))
-    except NotPermitted as refusal:
-        return _Found(peer, refusal=refusal)
-    except BaseException:
-        if peer.pidfd >= 0:
-            os.close(peer.pidfd)
-        raise
-
-
-def _close_found(finding: asyncio.Future[_Found]) -> None:
-    if not finding.cancelled() and finding.exception() is None and finding.result().peer.pidfd >= 0:
-        os.close(finding.result().peer.pidfd)
 
 
 def service_interface(registry: VarlinkInterfaceRegistry) -> VarlinkServiceInterface:
