@@ -20,6 +20,7 @@ from khod.folio.units import DEFAULT_MAX_ORDER, MAX_ORDER
 
 DEFAULT_PATH: Final = Path("/etc/khod/khod.yaml")
 _SOCKET: Final = Path("/run/khod/khod.sock")
+_LUO_AGENT: Final = Path("/run/luod/liveupdate.sock")
 _STATE: Final = Path("/var/lib/khod")
 JUMPS: Final = ("direct", "systemd")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
@@ -209,6 +210,14 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LuoAgent:
+    """The listener for clients of luo-agent's protocol (docs/integrating.md)."""
+
+    enabled: bool = _setting(False, FLAG, "Serve clients of luo-agent's protocol: what they have is of the opaque grade.")
+    socket: Path = _setting(_LUO_AGENT, PATH, "Where they are served.")  # noqa: RUF009
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that can be configured."""
 
@@ -236,6 +245,7 @@ class Config:
     verification: Verification = field(default_factory=Verification)
     quotas: Quotas = field(default_factory=Quotas)
     limits: Limits = field(default_factory=Limits)
+    luo_agent: LuoAgent = field(default_factory=LuoAgent)
 
 
 class Setting(NamedTuple):

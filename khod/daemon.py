@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from khod import __version__, config
@@ -69,6 +72,8 @@ async def serve(configuration: config.Config, notifier: Notifier) -> int:
     occupied = occupy(place)
     passed = inherited(configuration.socket)
     listener = passed or listen(configuration.socket, everybody=bool(configuration.policy))
+    extra = configuration.luo_agent
+    luod = listen(extra.socket, everybody=bool(configuration.policy)) if extra.enabled else None
     if reason := trouble(place):
         alert(logger, Alert.NO_JOURNAL, "%s", reason)
     answerable = Answerable()
@@ -81,18 +86,7 @@ async def serve(configuration: config.Config, notifier: Notifier) -> int:
     if reason:
         host.problems.append(reason)
 
-    from khod.api.server import serve as serve_api  # not on the way to restored
-
-    async with serve_api(
-        host,
-        machine.files,
-        configuration.socket,
-        listener,
-        rules=configuration.policy,
-        limits=configuration.limits,
-        stays=passed is not None,
-        processes=processes,
-    ):
+    async with served(configuration, host, listener, passed is not None, luod, processes):
         answerable.say(state)
         notifier.tell("READY=1")
         host.verify()
@@ -110,6 +104,32 @@ async def serve(configuration: config.Config, notifier: Notifier) -> int:
     await beside(host.close(), notifier.keep_alive())
     os.close(occupied)
     return 0
+
+
+@contextlib.asynccontextmanager
+async def served(
+    configuration: config.Config,
+    host: Host,
+    listener: socket.socket,
+    stays: bool,
+    luod: socket.socket | None,
+    processes: Processes,
+) -> AsyncIterator[None]:
+    """Serve `host` on these sockets, which are consumed, for the length of the context."""
+    from khod.api.luod import serve as serve_luod  # not on the way to restored
+    from khod.api.server import serve as serve_api
+
+    files, rules, limits = host.machine.files, configuration.policy, configuration.limits
+    async with contextlib.AsyncExitStack() as serving:
+        await serving.enter_async_context(
+            serve_api(host, files, configuration.socket, listener, rules=rules, limits=limits, stays=stays, processes=processes)
+        )
+        if luod is not None:
+            path = configuration.luo_agent.socket
+            await serving.enter_async_context(
+                serve_luod(host, files, path, luod, rules=rules, limits=limits, processes=processes)
+            )
+        yield
 
 
 def state_of(configuration: config.Config) -> Path:

@@ -224,13 +224,17 @@ def take_up(entry: Entry, page: Page) -> None:
         entry.state = page.state if page.state.sound else entry.state
 
 
+NOBODY_YET = "nobody yet: its client has to come back"
+"""Who keeps an instance whose client was lost with an earlier khod."""
+
+
 def kept_by(entry: Entry) -> str:
     """Who keeps an instance registered, in words; '' for nobody but an operator."""
     match entry.lifetime:
         case Lifetime.PERSISTENT:
             return ""
         case _ if entry.keeper is None:
-            return "nobody yet: its client has to come back"
+            return NOBODY_YET
         case Lifetime.CONNECTION:
             return f"a connection of process {entry.keeper_pid}"
         case Lifetime.PROCESS:

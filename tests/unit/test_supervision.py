@@ -93,6 +93,26 @@ def test_an_event_loop_that_stands_still_is_not_said_to_live(place: Path) -> Non
             assert silent
 
 
+def test_clients_of_luo_agent_are_served_where_that_is_asked_for_and_nowhere_else(place: Path) -> None:
+    config, luod = place / "khod.yaml", place / "luod.sock"
+    for enabled in (False, True):
+        config.write_text(
+            f"socket: {place}/khod.sock\nmachine: simulated:{place}/machine\n"
+            f"luo_agent:\n  socket: {luod}\n  enabled: {str(enabled).lower()}\n"
+        )
+        with Daemon(place) as khod:
+            khod.hear("READY=1")
+            assert luod.exists() is enabled
+            if enabled:
+                with socket.socket(socket.AF_UNIX) as peer:
+                    peer.settimeout(20)
+                    peer.connect(str(luod))
+                    peer.sendall(b'{"cmd": "CLAIM", "id": "nobody"}\n')
+                    assert b'"answer": "cold"' in peer.recv(4096)
+            assert khod.end()[0] == 0
+        assert not luod.exists()
+
+
 def test_a_second_khod_on_the_same_state_touches_nothing(place: Path) -> None:
     with Daemon(place) as first:
         first.hear("READY=1")
