@@ -15,7 +15,6 @@ from khod.folio.units import PAGE_SHIFT
 from khod.simulated.inode import Inode, OpenFile
 from khod.simulated.pages import Pages
 from khod.simulated.process import RealFd
-from khod.simulated.ram import data
 from khod.simulated.shmem import Shmem
 from khod.simulated.task import Task
 
@@ -159,21 +158,21 @@ class FileCalls:
         return task.install(OpenFile(inode))
 
     def export(self, task: Task, fd: int) -> RealFd:
-        """A new memfd of the host with a copy of what was written, and the same seals; owned by the caller."""
+        """A descriptor of the host for one of this machine; owned by the caller. From now on the file's bytes are kept in a
+        memfd of the host, so that what is stored through either is seen through the other."""
         inode = self._shmem(task, fd)
-        size = inode.stat().size
-        real = os.memfd_create("khod", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(real, size)
-            if inode.backing >= 0:
-                _copy(inode.backing, real, size)
-            else:
+        if inode.backing < 0:
+            size = inode.stat().size
+            real = os.memfd_create("khod", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                os.ftruncate(real, size)
                 self._pour(inode, real, size)
-            fcntl.fcntl(real, fcntl.F_ADD_SEALS, inode.seals)
-        except OSError:
-            os.close(real)
-            raise
-        return RealFd(real)
+                fcntl.fcntl(real, fcntl.F_ADD_SEALS, inode.seals)
+            except OSError:
+                os.close(real)
+                raise
+            inode.backing = real
+        return RealFd(os.dup(inode.backing))
 
     def _pour(self, inode: Shmem, real: int, size: int) -> None:
         for offset, phys, length in self._pages.written(inode.pfns, inode.order):
@@ -196,14 +195,6 @@ def _kind(real: int) -> str:
         if error.errno == errno.EINVAL:  # hugetlbfs has no write: vfs_write says so before it looks at the length
             return "hugetlb"
     return "memfd"
-
-
-def _copy(source: int, target: int, size: int) -> None:
-    for begin, end in data(source, 0, size):
-        while begin < end:
-            part = os.pread(source, min(end - begin, 1 << 24), begin)
-            _write(target, begin, part)
-            begin += len(part)
 
 
 def _write(fd: int, offset: int, contents: bytes) -> None:

@@ -2,8 +2,8 @@
 """Memfds: files whose pages are folios of simulated memory (mm/shmem.c, mm/memfd.c).
 
 All folios of a file have one order, chosen when it is made as shmem_enabled= and a mount's huge= choose it on Linux. A file
-that was adopted from the host keeps its bytes in the host's memfd until the jump, so that its owner's stores are seen; its
-frames are simulated from the beginning, and `settle` fills them at the last moment.
+that was adopted from the host, or exported to it, keeps its bytes in a memfd of the host until the jump, so that the stores of
+whoever holds that are seen; its frames are simulated from the beginning, and `settle` fills them at the last moment.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Shmem(Inode):
         self.frozen = False
         """Preserved: size and holes may not change (shmem_freeze)."""
         self.backing = -1
-        """The host's memfd that holds the bytes of an adopted file."""
+        """The host's memfd that holds the bytes of an adopted or exported file."""
         self.charge: Cgroup | None = None
         """The control group that a retrieved file is charged to, with its size of then."""
         self.charged = 0

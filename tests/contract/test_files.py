@@ -120,6 +120,21 @@ def test_export_has_the_bytes_and_the_seals(rig: Rig, host: Machine) -> None:
         os.close(real)
 
 
+def test_what_is_exported_is_the_same_file(rig: Rig, host: Machine) -> None:
+    """A client writes its state into what khod reads, preserves and carries across."""
+    fd = rig.memfd(4 * PAGE, {0: b"before"})
+    host.liveupdate.preserve_fd(host.liveupdate.create_session("khod-contract"), fd, 0)
+    real, again = host.files.export(fd), host.files.export(fd)
+    try:
+        os.pwrite(real, b"theirs", PAGE)
+        host.files.write(fd, 2 * PAGE, b"ours")
+        assert host.files.read(fd, PAGE, 6) == b"theirs"
+        assert os.pread(again, 4, 2 * PAGE) == b"ours" and os.pread(again, 6, PAGE) == b"theirs"
+    finally:
+        os.close(real)
+        os.close(again)
+
+
 def test_frames_hold_the_bytes(rig: Rig, host: Machine) -> None:
     """Two ways to one byte: through the file, and through physical memory at the address that frames give."""
     fd = rig.memfd(40 * PAGE, {PAGE * i: bytes([i]) * PAGE for i in range(40)})
