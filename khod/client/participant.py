@@ -19,6 +19,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Self, TypeVar
 
+from khod.api.client import Asked
 from khod.client.answers import Claimed, Cold, Hold, StateWriter, read_state
 from khod.client.line import Line, open_line
 from khod.client.workload import Notice, Workload
@@ -83,12 +84,13 @@ class Participant:
     # --- what a VMM asks for
 
     def claim(
-        self, name: str, *, owner: str = "", lifetime: str = "connection", unverified: bool = False, opaque: bool = False
+        self, name: str, *, owner: str = "", lifetime: str | None = None, unverified: bool = False, opaque: bool = False
     ) -> Claimed | Cold | Hold:
-        """Take over what came through a jump. When it did, it is registered again, and answered for from `start` on; `opaque`
-        says that it is of those whose session the workload fills."""
+        """Take over what came through a jump. When it did, it is registered again, by default with the lifetime that it had,
+        and answered for from `start` on; `opaque` says that it is of those whose session the workload fills."""
         self._not_started()
-        claim, fds = self._call(lambda line: line.claimed(name, owner, lifetime, unverified))
+        claim = self._call(lambda line: line.claim(name, owner=owner, lifetime=lifetime, unverified=unverified))
+        fds = dict(zip(claim.names, claim.fds, strict=True))
         if claim.answer == "cold":
             return Cold(claim.reason)
         if claim.answer == "hold":
@@ -119,19 +121,18 @@ class Participant:
     ) -> None:
         """Register an instance. `fds` stay the caller's; `states` are names and the most bytes that each will need."""
         self._not_started()
-        bounds = [{"name": state, "size": size} for state, size in (states or {}).items()]
-        parameters = {
-            "name": name, "driver": driver, "required": required, "requires": list(requires), "options": dict(options or {}),
-            "lifetime": lifetime, "states": bounds, "shareable": shareable,
+        asked: Asked = {
+            "required": required, "requires": requires, "options": options or {}, "lifetime": lifetime,
+            "states": list((states or {}).items()), "shareable": shareable,
         }  # fmt: skip
-        handle = self._call(lambda line: line.enlist(parameters, list(fds.items())))
-        self._instances[name] = _Instance(handle, bool(bounds), False)
+        made = self._call(lambda line: line.register(name, driver, list(fds.items()), **asked))
+        self._instances[name] = _Instance(made.handle, bool(states), False)
 
     def register_opaque(self, name: str, *, lifetime: str = "connection") -> None:
         """Register an instance whose kernel session the workload fills by itself, when it is given one in `preparing`."""
         self._not_started()
-        handle = self._call(lambda line: line.enlist_opaque(name, lifetime))
-        self._instances[name] = _Instance(handle, False, True)
+        made = self._call(lambda line: line.register_opaque(name, lifetime))
+        self._instances[name] = _Instance(made.handle, False, True)
 
     def start(self) -> None:
         """Answer for everything that was registered and claimed, from the return of this on."""
@@ -151,7 +152,7 @@ class Participant:
     def unregister(self, name: str) -> None:
         """Let khod forget it."""
         handle = self._own(name).handle
-        self._call(lambda line: line.leave(handle))
+        self._call(lambda line: line.unregister(handle=handle))
         del self._instances[name]
 
     def close(self) -> None:

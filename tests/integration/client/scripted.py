@@ -8,9 +8,11 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from khod.core.views import InstanceView
 
 DEADLINE = 10.0
 Answer = tuple[dict[str, Any], list[int]]
@@ -165,7 +167,12 @@ class ScriptedKhod:
 
     def _Register(self, heard: Heard) -> Answer:
         self._handles += 1
-        return {"parameters": {"instance": {}, "handle": f"h{self._handles}"}}, []
+        name = heard.parameters["name"]
+        instance = InstanceView(
+            name=name, driver="guestmemfd", compatible="khod,guestmemfd-v1", owner="user:root", required=True, requires=(),
+            state="registered", size=0, fds=(),
+        )  # fmt: skip
+        return {"parameters": {"instance": asdict(instance), "handle": f"h{self._handles}"}}, []
 
     _RegisterOpaque = _Register
 
