@@ -32,6 +32,11 @@ def test_the_tutorial_is_the_example_word_for_word() -> None:
     assert lines("\n".join(blocks("plugins.md", "toml"))) == lines((EXAMPLE / "pyproject.toml").read_text())
 
 
+def test_the_client_of_the_documentation_is_the_one_that_a_test_runs() -> None:
+    code = (ROOT / "examples/client.py").read_text().partition("\n")[2].strip()
+    assert blocks("integrating.md", "python")[0].strip() == code
+
+
 def test_every_hook_is_documented_with_its_arguments() -> None:
     hooks = [
         f"{name}({', '.join(inspect.signature(value).parameters)})"
