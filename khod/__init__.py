@@ -6,6 +6,7 @@ The layers, lowest first; a module imports from its own layer and from those bel
 
     errors            the exception tree
     folio, abi        pure formats: the folio map, the handover tree, the kernel's argument structs
+    custodian         a program of its own that holds descriptors, so that khod may die
     config            YAML -> typed configuration
     core              policy: ports, model, states, journal, orchestration
     plugin            what driver authors write against: hook specifications, dispatcher

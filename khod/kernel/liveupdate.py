@@ -3,6 +3,9 @@
 
 The device takes one opener at a time, on the whole host, and a descriptor of it that we kept would keep everybody else
 out; so it is open for the length of one call. Sessions outlive it.
+
+What is retrieved is the only thing that stands between a guest's memory and its end, so it is retrieved by the custodian, which
+keeps it (decision 18), and what is had here is a duplicate.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from khod.abi import liveupdate as abi
 from khod.core.refusals import MAX_PRESERVED, REFUSALS, preserve_refusal, refusal, refused, session_name
 from khod.errors import DeviceBusy, DeviceMissing, FileTooLarge, KhodError, OutOfMemory
 from khod.kernel import diagnosis
+from khod.kernel.custody import KernelCustody
 from khod.kernel.memory import KernelMemory
 from khod.kernel.preserver import Preserver
 
@@ -35,12 +39,14 @@ FLOOR = 256 << 20
 class KernelLiveUpdate:
     """The port `LiveUpdate` of the running kernel.
 
-    `device` and `patience` (seconds) are there for hosts with an unusual /dev and for tests.
+    `device` and `patience` (seconds) are there for hosts with an unusual /dev and for tests. Without `custody`, what is
+    retrieved ends with this process.
     """
 
-    def __init__(self, device: str = DEVICE, patience: float = BUSY_PATIENCE) -> None:
+    def __init__(self, device: str = DEVICE, patience: float = BUSY_PATIENCE, custody: KernelCustody | None = None) -> None:
         self._device = device
         self._patience = patience
+        self._custody = custody
         self._lock = threading.Lock()  # our own threads would meet EBUSY of each other
         self._preserver = Preserver()
 
@@ -63,6 +69,10 @@ class KernelLiveUpdate:
     def retrieve_session(self, name: str) -> int:
         """See the port."""
         argument = abi.named(session_name(name))
+        custody = self._custody
+        if custody is not None:
+            with self._lock:
+                return self._patiently(lambda: custody.retrieve_session(name))
         with self._opened() as device, refused("retrieve_session", f"session {name!r}"):
             fcntl.ioctl(device, abi.LIVEUPDATE_IOCTL_RETRIEVE_SESSION, argument)
             return _owned(abi.fd_of(argument))
@@ -83,6 +93,10 @@ class KernelLiveUpdate:
         argument = abi.file(-1, token)
         with refused("retrieve_fd", f"token {token:#x} of session {session}"):
             _check_session(session)
+            fd = self._custody.retrieve_fd(session, token) if self._custody else None
+            if fd is not None:
+                return fd
+            # Of a session that is not in custody, an outgoing one for instance, the kernel itself says what it thinks.
             fcntl.ioctl(session, abi.LIVEUPDATE_SESSION_RETRIEVE_FD, argument)
             return _owned(abi.fd_of(argument))
 
@@ -110,11 +124,15 @@ class KernelLiveUpdate:
                 os.close(device)
 
     def _open(self) -> int:
+        return self._patiently(lambda: os.open(self._device, os.O_RDWR | os.O_CLOEXEC))
+
+    def _patiently(self, attempt: Callable[[], int]) -> int:
+        """`attempt`, which opens the device and whose OSError is of that, until nobody else has it open or patience ends."""
         deadline = time.monotonic() + self._patience
         pause = 0.001
         while True:
             try:
-                return os.open(self._device, os.O_RDWR | os.O_CLOEXEC)
+                return attempt()
             except OSError as e:
                 number = e.errno or 0
             # The kernel tells nobody when the device comes free: ask again, less and less often.

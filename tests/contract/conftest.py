@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from khod.core.ports import Machine
+from khod.kernel.custody import KernelCustody
 from khod.kernel.liveupdate import KernelLiveUpdate
 from khod.kernel.machine import machine as kernel_machine
 from khod.simulated import create
@@ -43,7 +44,7 @@ def simulated(directory: Path) -> Iterator[Rig]:
 @pytest.fixture(scope="session")
 def device() -> Iterator[KernelLiveUpdate]:
     """/dev/liveupdate, with helpers that all tests share: to start one is dear under emulation."""
-    liveupdate = KernelLiveUpdate(patience=0.1)
+    liveupdate = KernelLiveUpdate(patience=0.1, custody=KernelCustody(start=True))
     yield liveupdate
     liveupdate.close()
 

@@ -13,7 +13,7 @@ LAYERS = [
     {"errors"},
     {"folio"},
     {"abi"},
-    {"config"},
+    {"config", "custodian"},
     {"core"},
     {"plugin"},
     {"kernel", "simulated"},
