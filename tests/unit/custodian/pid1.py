@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,16 @@ def twins(path: Path) -> tuple[int, int]:
     (serving,) = (pid for pid, parent in found.items() if parent not in found)
     (sleeping,) = (pid for pid in found if pid != serving)
     return serving, sleeping
+
+
+def links(path: Path) -> list[str]:
+    """What the custodian at a socket has open, numbers left out; without connections, of whose end it hears when it hears."""
+    serving, _ = twins(path)
+    found = []
+    for entry in Path(f"/proc/{serving}/fd").iterdir():
+        with suppress(FileNotFoundError):  # a connection that ends just now
+            found.append(str(entry.readlink()).partition("[")[0])
+    return sorted(link for link in found if link != "socket:")
 
 
 def kill(*pids: int) -> None:
@@ -73,6 +84,10 @@ class Pid1:
         self.running = threading.Event()
         """Cleared, PID 1 does nothing: it is being reloaded, or worse."""
         self.running.set()
+        self.heard = 0
+        """Words about the store."""
+        self.stop_at = 0
+        """Which of them clears `running`."""
         self.changed = threading.Condition()
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._address = str(directory / "notify")
@@ -109,6 +124,25 @@ class Pid1:
         with self.changed:
             assert self.changed.wait_for(condition, DEADLINE), (self.said[-5:], [name for name, _ in self.store])
 
+    def until_there_are_two(self) -> None:
+        """Wait until a survivor has made its twin; it may be at work, and answer nobody, from then on."""
+        deadline = time.monotonic() + DEADLINE
+        while time.monotonic() < deadline:
+            with suppress(ValueError):
+                self.twins()
+                return
+        raise AssertionError("the survivor stays alone")
+
+    def settle(self) -> None:
+        """Wait until all that was said has been done."""
+        ours, theirs = os.pipe()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.connect(self._address)
+            socket.send_fds(channel, [b"BARRIER=1"], [theirs])
+        os.close(theirs)
+        wait(ours, 0)
+        os.close(ours)
+
     def names(self) -> list[str]:
         return sorted(name for name, _ in self.store)
 
@@ -136,6 +170,12 @@ class Pid1:
     def _run(self) -> None:
         while True:
             data, fds, _, _ = socket.recv_fds(self._notify, 4096, 8)
+            with self.changed:
+                self.heard += data.startswith((b"FDSTORE", b"BARRIER"))
+                if self.stop_at and self.heard == self.stop_at:
+                    self.stop_at = 0
+                    self.running.clear()
+                    self.changed.notify_all()
             self.running.wait()
             if not data:
                 return

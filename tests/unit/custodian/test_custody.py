@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,17 +21,7 @@ from khod.errors import CustodianGone, CustodyFull, DeviceMissing, InvalidReques
 from khod.kernel.custody import PROGRAM, KernelCustody
 from khod.kernel.liveupdate import KernelLiveUpdate
 from tests.unit.custodian.conftest import Memfd, contents
-from tests.unit.custodian.pid1 import kill, kill_both, twins, wait
-
-
-def table(path: Path) -> list[str]:
-    """What the custodian has open, but for connections: it hears of their end when it hears of it."""
-    serving, _ = twins(path)
-    links = []
-    for entry in Path(f"/proc/{serving}/fd").iterdir():
-        with suppress(FileNotFoundError):  # a connection that ends just now
-            links.append(str(entry.readlink()).partition("[")[0])
-    return [link for link in links if link != "socket:"]
+from tests.unit.custodian.pid1 import kill, kill_both, links, twins, wait
 
 
 def test_keep_take_drop(custody: KernelCustody, memfd: Memfd) -> None:
@@ -52,12 +41,12 @@ def test_keep_take_drop(custody: KernelCustody, memfd: Memfd) -> None:
 
 def test_another_file_takes_the_place_of_what_had_the_name(custody: KernelCustody, socket_path: Path, memfd: Memfd) -> None:
     custody.keep("book", memfd(b"old"))
-    before = len(table(socket_path))
+    before = len(links(socket_path))
     new = memfd(b"new")
     for _ in range(3):  # the same again has no effect
         custody.keep("book", new)
         assert contents(custody.take("book")) == b"new"
-        assert len(table(socket_path)) == before
+        assert len(links(socket_path)) == before
 
 
 @pytest.mark.parametrize("name", ["", "elevenchars", "Upper", "with-dash", "ä", "a\0b", "a" * 40000])
@@ -87,7 +76,7 @@ def test_names_in_pages(custody: KernelCustody, memfd: Memfd) -> None:
 def test_either_twin_may_be_killed_and_has_a_successor(custody: KernelCustody, socket_path: Path, memfd: Memfd) -> None:
     kept = memfd(b"guest")
     custody.keep("ram", kept)
-    inventory = sorted(table(socket_path))
+    inventory = links(socket_path)
     for victim in (0, 1, 0, 0, 1, 1, 0):
         before = twins(socket_path)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
@@ -106,7 +95,7 @@ def test_either_twin_may_be_killed_and_has_a_successor(custody: KernelCustody, s
         assert same(kept, taken)
         os.close(taken)
         # Nothing else of the dead stays open: pipes and pidfds are as many as before.
-        assert sorted(table(socket_path)) == inventory
+        assert links(socket_path) == inventory
 
 
 def test_a_call_whose_custodian_dies_is_made_again(custody: KernelCustody, socket_path: Path, memfd: Memfd) -> None:
