@@ -27,6 +27,7 @@ from khod.core.views import (
     InstanceView,
     LifecycleView,
     PlanView,
+    PreflightView,
     RegisteredView,
     StatusView,
     UpdateView,
@@ -132,13 +133,23 @@ class Client:
         """What an update would do now."""
         return _view(self._ask("Plan"), "plan", PlanView)
 
-    def update(self, hold_at: str | None = None, *, jump: str = "") -> Iterator[EventView]:
+    def preflight(
+        self, kernel: str = "", initrd: str = "", cmdline: str | None = None, *, overrides: Sequence[str] = ()
+    ) -> PreflightView:
+        """Whether an update would go through, to this kernel or, '', to the one that was loaded."""
+        asked: dict[str, Any] = {"overrides": list(overrides)}
+        if kernel:
+            asked |= {"kernel": kernel, "initrd": initrd} | ({} if cmdline is None else {"cmdline": cmdline})
+        return _view(self._ask("PreflightImage" if kernel else "Preflight", asked), "preflight", PreflightView)
+
+    def update(self, hold_at: str | None = None, *, jump: str = "", overrides: Sequence[str] = ()) -> Iterator[EventView]:
         """Start an update, now, and follow it. Leaving early does not stop it; the connection is of no more use then.
 
         The iterator raises Refused before its first event when the update may not start, UpdateFailed when it was undone,
         and Lost when the connection ends first, as it does at the jump.
         """
-        self._send("Update", {"jump": jump} | ({} if hold_at is None else {"hold_at": hold_at}), more=True)
+        asked: dict[str, Any] = {"jump": jump, "overrides": list(overrides)}
+        self._send("Update", asked | ({} if hold_at is None else {"hold_at": hold_at}), more=True)
         return self._events(EventView)
 
     def subscribe(self, handles: Sequence[str]) -> Iterator[LifecycleView]:

@@ -24,6 +24,7 @@ from khod.core.views import (
     InstanceView,
     LifecycleView,
     PlanView,
+    PreflightView,
     RegisteredView,
     StatusView,
     UpdateView,
@@ -31,6 +32,8 @@ from khod.core.views import (
 from khod.errors import InvalidRequest
 
 _INT32, _PAGES = (1 << 31) - 1, 1 << 47
+_MAX_OVERRIDES = 4100
+"""A few, and one an instance."""
 
 
 @dataclass
@@ -113,6 +116,23 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
     async def Plan(self) -> object:
         """What an update would do now. Changes nothing."""
         return await self._service.plan()
+
+    @varlinkmethod(return_parameter="preflight", return_type=wire_type(PreflightView))
+    async def Preflight(self, overrides: list[str] | None = None) -> object:
+        """Whether an update to the kernel that was loaded would go through. Changes nothing.
+
+        `overrides` are names of checks whose blockers are passed over, as Update takes them.
+        """
+        return await self._service.preflight(overrides=_names(overrides))
+
+    @varlinkmethod(return_parameter="preflight", return_type=wire_type(PreflightView))
+    async def PreflightImage(
+        self, kernel: str, initrd: str = "", cmdline: str | None = None, overrides: list[str] | None = None
+    ) -> object:
+        """The same for another kernel, which is not loaded. Without a command line: that of the running kernel."""
+        if not kernel:
+            raise InvalidRequest("no kernel is named", hint="Preflight asks about the one that was loaded")
+        return await self._service.preflight(kernel, initrd, cmdline, overrides=_names(overrides))
 
     @varlinkmethod(return_parameter="updates", return_type=list_of(UpdateView))
     async def GetHistory(self, limit: int = 20) -> object:
@@ -267,14 +287,16 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
         return await self._service.load(kernel, initrd, cmdline)
 
     @varlinkmethod(return_parameter="event", return_type=optional(EventView))
-    async def Update(self, hold_at: str | None = None, jump: str = "") -> AsyncIterator[AnnotatedResult]:
+    async def Update(
+        self, hold_at: str | None = None, jump: str = "", overrides: list[str] | None = None
+    ) -> AsyncIterator[AnnotatedResult]:
         """Start an update; its events follow as they happen, the last answer has none.
 
         A caller who hangs up does not stop it. At the jump the connection ends, as everything does. With `hold_at`
         ('preparing', 'prepared', 'freezing', 'frozen') it waits in that state for Continue or Abort. `jump` is 'direct' or
-        'systemd', '' what is configured.
+        'systemd', '' what is configured. `overrides` are names of checks whose blockers are passed over, and recorded.
         """
-        events = await self._service.update(_holdable(hold_at), jump=jump)
+        events = await self._service.update(_holdable(hold_at), jump=jump, overrides=_names(overrides))
         try:
             async for event in events:
                 yield AnnotatedResult({"event": event}, continues=True)
@@ -345,6 +367,13 @@ def _within(name: str, value: int, low: int, high: int) -> int:
     if not low <= value <= high:
         raise InvalidRequest(f"{name} cannot be {value if -_PAGES < value < _PAGES else 'that'}", hint=f"{low} to {high}")
     return value
+
+
+def _names(names: list[str] | None) -> list[str]:
+    """Of checks. Raises InvalidRequest for more than there can be."""
+    if names and len(names) > _MAX_OVERRIDES:
+        raise InvalidRequest(f"{len(names)} overrides", hint=f"at most {_MAX_OVERRIDES}: there are no more checks")
+    return names or []
 
 
 def _holdable(name: str | None) -> State | None:

@@ -17,6 +17,7 @@ RIGHTS: Mapping[str, Right] = {
     "GetStatus": Right.OBSERVE,
     "ListInstances": Right.OBSERVE,
     "Plan": Right.OBSERVE,
+    "Preflight": Right.OBSERVE,
     "GetHistory": Right.OBSERVE,
     "Inspect": Right.OBSERVE,
     "Register": Right.INSTANCES,
@@ -30,6 +31,7 @@ RIGHTS: Mapping[str, Right] = {
     "RegisterOpaque": Right.OPAQUE,
     "OpenSession": Right.OPAQUE,
     "Load": Right.OPERATE,
+    "PreflightImage": Right.OPERATE,  # it opens files by name
     "Update": Right.OPERATE,
     "Continue": Right.OPERATE,
     "Abort": Right.OPERATE,

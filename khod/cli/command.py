@@ -17,6 +17,12 @@ from khod.errors import KhodError
 
 P = ParamSpec("P")
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--override", metavar="CHECK", help="A check of `khoctl preflight` to pass over; once for each.", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON, an error too.")]
 Owner = Annotated[
     str,

@@ -14,6 +14,7 @@ from khod.core.views import (
     InstanceView,
     OrderView,
     PlanView,
+    PreflightView,
     SpanView,
     StatusView,
     UpdateView,
@@ -127,6 +128,14 @@ def plan(view: PlanView) -> None:
         say(f"would be refused: {blocker}")
 
 
+def preflight(view: PreflightView) -> None:
+    """The table, and above it what it comes to."""
+    say(f"from {view.running} to {view.target or 'no kernel yet'}: {view.verdict}")
+    say()
+    rows = [(c.name, f"{c.verdict}, overridden" if c.overridden else c.verdict, c.evidence, c.remedy) for c in view.checks]
+    print_table(("check", "verdict", "evidence", "remedy"), rows)
+
+
 def _kills(view: PlanView) -> str:
     more = view.kills_total - len(view.kills)
     return f"{view.kills_total} processes: {', '.join(view.kills)}{f' and {more} more' if more > 0 else ''}"
@@ -171,6 +180,7 @@ def one_update(view: UpdateView) -> None:
             ("kernels", f"{view.from_release} -> {view.to_release or '?'}"),
             ("instances", ", ".join(view.instances)),
             ("left behind", "; ".join(view.left_behind)),
+            ("overridden", "; ".join(view.overridden)),
             ("checked", view.checked),
         ]
     )

@@ -11,7 +11,7 @@ import typer
 
 from khod.api.client import Client
 from khod.cli import output, show
-from khod.cli.command import Json, khod, reporting
+from khod.cli.command import Json, Overrides, khod, reporting
 from khod.core.state import HOLDABLE, State
 from khod.core.views import EventView
 from khod.errors import Lost, Refused
@@ -30,6 +30,7 @@ def update(
     jump: Annotated[
         str, typer.Option(metavar="WAY", help="direct, or systemd; what is configured if not given.", show_default=False)
     ] = "",
+    override: Overrides = None,
     json: Json = False,
 ) -> None:
     """Preserve what is registered, and jump into the kernel that was loaded.
@@ -40,12 +41,13 @@ def update(
     Example:
         khoctl update --dry-run
         khoctl update --hold-at frozen && khoctl continue
+        khoctl update --override format:kho
     """
     with khod(context) as client:
         if dry_run:
             _dry_run(client, json)
         else:
-            _update(client, hold_at, jump, json)
+            _update(client.update(hold_at, jump=jump, overrides=override or ()), hold_at, json)
 
 
 def _dry_run(client: Client, json: bool) -> None:
@@ -58,11 +60,11 @@ def _dry_run(client: Client, json: bool) -> None:
         raise typer.Exit(Refused.exit_status)
 
 
-def _update(client: Client, hold_at: str | None, jump: str, json: bool) -> None:
+def _update(events: Iterator[EventView], hold_at: str | None, json: bool) -> None:
     state = ""
     with _shown(json) as shown:
         try:
-            for event in client.update(hold_at, jump=jump):
+            for event in events:
                 shown(event)
                 state = event.state
                 if event.kind == "held":

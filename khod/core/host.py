@@ -228,7 +228,7 @@ class Host:
     async def preflight(
         self, kernel: str = "", initrd: str = "", cmdline: str | None = None, *, overrides: Sequence[str] = ()
     ) -> views.PreflightView:
-        """Whether an update to this kernel ('': the one that was loaded) would go through; changes nothing."""
+        """See Service."""
         if kernel:
             return await self._preflight.view_of(self.registry, kernel, initrd, cmdline, overrides)
         return await self._preflight.view(self.registry, self._image, overrides)

@@ -18,6 +18,7 @@ from khod.core.views import (
     InstanceView,
     LifecycleView,
     PlanView,
+    PreflightView,
     RegisteredView,
     StatusView,
     UpdateView,
@@ -63,6 +64,15 @@ class Service(Protocol):
 
     async def plan(self) -> PlanView:
         """What an update would do now; changes nothing."""
+        ...
+
+    async def preflight(
+        self, kernel: str = "", initrd: str = "", cmdline: str | None = None, *, overrides: Sequence[str] = ()
+    ) -> PreflightView:
+        """Whether an update to this kernel (``''``: the one that was loaded) would go through; changes nothing.
+
+        `overrides` are names of checks, as `update` takes them, and refused in the same way. Raises what `load` raises.
+        """
         ...
 
     async def history(self, limit: int = 20) -> Sequence[UpdateView]:
@@ -158,12 +168,16 @@ class Service(Protocol):
         """Check and record the image for the next update (decision 11). `cmdline` None: the running kernel's."""
         ...
 
-    async def update(self, hold_at: State | None = None, *, jump: str = "") -> AsyncIterator[EventView]:
+    async def update(
+        self, hold_at: State | None = None, *, jump: str = "", overrides: Sequence[str] = ()
+    ) -> AsyncIterator[EventView]:
         """Start an update; yields its events until it ended or, at the jump, the machine did.
 
-        `jump` is 'direct' or 'systemd' (decision 17), '' for what is configured. The update is khod's own: a caller who
-        stops listening does not stop it. Raises Refused before the first event when it may not start; afterwards
-        UpdateFailed, when everything was undone.
+        `jump` is 'direct' or 'systemd' (decision 17), '' for what is configured. `overrides` are names of checks whose blockers
+        are passed over, and recorded: InvalidRequest for one that there is not, Refused for one that cannot be.
+
+        The update is khod's own: a caller who stops listening does not stop it. Raises Refused before the first event when it
+        may not start; afterwards UpdateFailed, when everything was undone.
         """
         ...
 

@@ -14,6 +14,7 @@ from khod.core.callers import Caller, Lifetime, Owner, Presence, Right
 from khod.core.service import Registration, Service
 from khod.core.state import State
 from khod.core.views import (
+    CheckView,
     ClaimView,
     EventView,
     ImageView,
@@ -23,6 +24,7 @@ from khod.core.views import (
     MemoryView,
     OrderView,
     PlanView,
+    PreflightView,
     RegisteredView,
     SpanView,
     StatusView,
@@ -79,6 +81,7 @@ class FakeService:
         self.answers: list[tuple[str, ...]] = []
         """READY and FAILED, as they came."""
         self.jumps: list[str] = []
+        self.overrides: list[str] = []
         """How each update was to jump."""
         self.image: ImageView | None = None
         self.updates: list[UpdateView] = []
@@ -287,7 +290,24 @@ class FakeService:
             kills_total=40,
         )
 
-    async def update(self, hold_at: State | None = None, *, jump: str = "") -> AsyncIterator[EventView]:
+    async def preflight(
+        self, kernel: str = "", initrd: str = "", cmdline: str | None = None, *, overrides: Sequence[str] = ()
+    ) -> PreflightView:
+        self.overrides = list(overrides)
+        there = kernel or (self.image.kernel if self.image else "")
+        image = CheckView(
+            name="image", verdict="ok" if there else "blocker", evidence=there or "no kernel is named",
+            remedy="" if there else "khoctl load", overridable=not there, overridden="image" in overrides,
+        )  # fmt: skip
+        config = CheckView(
+            name="config", verdict="unknown", evidence=f"[{initrd}] [{cmdline}]", remedy="", overridable=False
+        )  # fmt: skip
+        verdict = "unknown" if there or image.overridden else "blocker"
+        return PreflightView(running="7.3.4", target="7.4.0" if there else "", verdict=verdict, checks=(config, image))
+
+    async def update(
+        self, hold_at: State | None = None, *, jump: str = "", overrides: Sequence[str] = ()
+    ) -> AsyncIterator[EventView]:
         if self.image is None:
             raise Refused("no kernel is loaded", hint="khoctl load KERNEL")
         if self._running is not None and not self._running.done():
@@ -295,6 +315,7 @@ class FakeService:
         if jump not in ("", "direct", "systemd"):
             raise InvalidRequest(f"{jump!r} is no way to jump")
         self.jumps.append(jump)
+        self.overrides = list(overrides)
         events: asyncio.Queue[EventView | None] = asyncio.Queue(100)
         self._go.clear()
         self._aborting = False

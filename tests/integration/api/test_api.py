@@ -66,6 +66,8 @@ def test_views_arrive_as_they_were_made(khod: Served, client: Client) -> None:
     assert same(client.status(), khod.run(service.status()))
     assert same(client.instances(), khod.run(service.instances()))
     assert same(client.plan(), khod.run(service.plan()))
+    assert same(client.preflight(), khod.run(service.preflight()))
+    assert same(client.preflight("/boot/other", cmdline="quiet"), khod.run(service.preflight("/boot/other", cmdline="quiet")))
     assert same(client.inspect(), khod.run(service.inspect()))
     for _ in client.update():
         pass

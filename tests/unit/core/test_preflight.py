@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,3 +207,15 @@ def test_the_view_is_as_bad_as_what_is_left() -> None:
     assert passed.verdict == "warning"
     assert [c.name for c in passed.checks if c.overridden] == ["loaded"]
     assert [c.name for c in passed.checks if c.overridable] == ["loaded"]
+
+
+def test_every_check_is_documented() -> None:
+    page = (Path(__file__).parents[3] / "docs/preflight.md").read_text()
+    section = page.partition("## The checks")[2].partition("### ")[0]
+    documented = set(re.findall(r"^\| `([a-z-]+)(?::[A-Z]+)?` \|", section, re.M))
+    assert documented == {name.partition(":")[0] for name, *_ in FIRING} | {"instances"}
+    for name, _, _, change in FIRING:
+        check = judged(change)[name]
+        row = next(line for line in section.splitlines() if line.startswith(f"| `{name.partition(':')[0]}"))
+        if check.final and name not in ("image", "format:luo"):
+            assert "| never |" in row, row
