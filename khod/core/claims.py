@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
+from khod.core.alerts import Alert, alert
 from khod.core.book import Book
 from khod.core.callers import Caller, Lifetime, Right
 from khod.core.instances import check_lifetime, new_handle
@@ -14,6 +16,8 @@ from khod.core.registry import Entry, Grade, InstanceState, Registry
 from khod.core.state import State
 from khod.core.views import ClaimView
 from khod.errors import KhodError, NotPermitted
+
+logger = logging.getLogger(__name__)
 
 SESSION_FD = "session"
 """What the one descriptor of an opaque instance is called."""
@@ -59,16 +63,20 @@ class Claims:
             return Claimed(_unknown(name, state))
         if reason := _held_back(entry, state, unverified):
             return Claimed(hold(reason))
-        self._journal.note(
-            update,
-            "claimed",
-            name=entry.name,
-            owner=str(entry.owner),
-            by=str(caller.owner),
-            unverified=not entry.state.sound,
-            problem=entry.problem,
-        )
+        self._record(entry, caller, update)
         return self._hand_out(entry, lifetime)
+
+    def _record(self, entry: Entry, caller: Caller, update: str) -> None:
+        """Journal the claim. A guest does not stand still for want of a record; what is not verified is handed out on record
+        only (decision 23)."""
+        unverified = not entry.state.sound
+        who = {"name": entry.name, "owner": str(entry.owner), "by": str(caller.owner)}
+        try:
+            self._journal.note(update, "claimed", **who, unverified=unverified, problem=entry.problem)
+        except KhodError as error:
+            if unverified:
+                raise
+            alert(logger, Alert.NO_JOURNAL, "the claim of %s is not in the journal: %s", entry.label, error)
 
     def _known(self, caller: Caller, name: str, owner: str) -> Entry | ClaimView | None:
         """The entry that is meant; None when there is no such, an answer when it is another's: who must not know what others

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What happens to hosts: a reset in the middle, a disk that is full, a state directory that cannot be written to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from khod.core.state import HOLDABLE, State
+from khod.errors import MachineError, UpdateFailed
+from khod.simulated import ProcessDied
+from tests.orchestration.world import ME, Recorder, World
+
+SIZE = 64 << 10
+DISKS = pytest.mark.parametrize(("disk", "said"), [("full_disk", "ENOSPC"), ("read_only_disk", "EROFS")])
+
+
+def spoil(world: World, disk: str) -> None:
+    """From now on the disk is like that."""
+    method: Callable[[], None] = getattr(world.kernel.faults, disk)
+    method()
+
+
+async def goes_through(world: World) -> None:
+    """The next update does, and the memory with it."""
+    await world.register("next", world.memory(SIZE, b"next"))
+    host = await world.jump()
+    assert host.state is State.RESTORED, host.problems
+    process, fd = await world.claimed("next")
+    assert world.intact(fd, SIZE, b"next", process)
+
+
+@pytest.mark.parametrize("state", HOLDABLE)
+def test_a_reset_in_the_middle_of_an_update(world: World, state: State) -> None:
+    async def scenario() -> None:
+        await world.khod()
+        await world.register("vm", world.memory(SIZE))
+        task = await world.held(state)
+        world.power_cut()
+        task.cancel()
+        await asyncio.wait([task])
+        host = await world.khod()
+        assert host.state is State.IDLE
+        assert not len(host.registry)
+        assert (await host.claim(ME, "vm")).answer == "cold", "it boots from its disk"
+        await goes_through(world)
+
+    asyncio.run(scenario())
+
+
+def test_a_reset_after_the_jump(world: World) -> None:
+    async def scenario() -> None:
+        await world.khod()
+        await world.register("vm", world.memory(SIZE))
+        assert (await world.jump()).state is State.RESTORED
+        world.power_cut()
+        host = await world.khod()
+        assert host.machine.custody.sessions() == []
+        assert (await host.claim(ME, "vm")).answer == "cold"
+        await goes_through(world)
+
+    asyncio.run(scenario())
+
+
+@DISKS
+def test_an_update_that_cannot_be_journalled_touches_nothing(world: World, disk: str, said: str) -> None:
+    async def scenario() -> None:
+        await world.khod()
+        await world.register("vm", fd := world.memory(SIZE))
+        spoil(world, disk)
+        with pytest.raises(UpdateFailed, match=said):
+            await world.update()
+        assert not world.kernel.luo.outgoing
+        assert world.intact(fd, SIZE)
+        world.workload.truncate(fd, 2 * SIZE)
+        world.kernel.faults.clear()
+        await goes_through(world)
+
+    asyncio.run(scenario())
+
+
+@DISKS
+def test_a_guest_gets_its_memory_whatever_the_disk_says(world: World, disk: str, said: str) -> None:
+    async def scenario() -> None:
+        await world.khod()
+        await world.register("vm", world.memory(SIZE))
+        await world.host.load(str(world.image))
+        with pytest.raises(ProcessDied):
+            await world.update()
+        world.boot()
+        spoil(world, disk)
+        host = await world.khod()
+        assert host.state is State.RESTORED
+        assert any("journal" in problem and said in problem for problem in host.problems)
+        process, fd = await world.claimed("vm")
+        assert world.intact(fd, SIZE, process=process)
+
+    asyncio.run(scenario())
+
+
+@DISKS
+def test_what_is_not_verified_is_handed_out_on_record_only(world: World, disk: str, said: str) -> None:
+    async def scenario() -> None:
+        world.plugins = [Recorder()]
+        await world.khod()
+        await world.register("odd", world.memory(SIZE), "recorder")
+        world.plugins = []
+        host = await world.jump()
+        assert world.entry("odd").state == "quarantined"
+        spoil(world, disk)
+        with pytest.raises(MachineError, match=said):
+            await host.claim(ME, "odd", unverified=True)
+        world.kernel.faults.clear()
+        assert (await host.claim(ME, "odd", unverified=True)).answer == "fds"
+
+    asyncio.run(scenario())
