@@ -17,7 +17,7 @@ Conventions for every port:
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
@@ -418,6 +418,11 @@ class ServiceManager(Protocol):
 
     def doubt(self) -> str:
         """Why a jump by PID 1 would lose the sessions in its store, '' when it carries them: systemd does since 261."""
+        ...
+
+    def stop_commands(self, units: Collection[str], pids: Collection[int]) -> Mapping[str, str]:
+        """What is run when the host is stopped, by unit (ExecStop= and ExecStopPost=): of these units, and of those that these
+        processes belong to. Units that run nothing are not named; nor are any where systemd does not say."""
         ...
 
     def inhibit(self, why: str) -> int:

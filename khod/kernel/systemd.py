@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from khod.errors import DeadlinePassed, KexecFailed, NothingLoaded, Refused
@@ -54,6 +54,20 @@ class Systemd:
         if int(version[0]) < CARRIES:
             return f"systemd {version[0]} does not carry its descriptor store across a kexec, systemd {CARRIES} does"
         return ""
+
+    def stop_commands(self, units: Collection[str], pids: Collection[int]) -> Mapping[str, str]:
+        """See the port."""
+        named = sorted({*units, *filter(None, map(_service_of, pids))})
+        if not named or not self.present():
+            return {}
+        said = self._ask("show", "--property=Id,ExecStop,ExecStopPost", "--", *named)
+        found = {}
+        for block in said.split("\n\n"):
+            unit = re.search(r"^Id=(.*)$", block, re.M)
+            commands = re.findall(r"^ExecStop(?:Post)?=\{.* argv\[\]=(.*?) ; ", block, re.M)
+            if unit and commands:
+                found[unit[1]] = "; ".join(commands)
+        return found
 
     def inhibit(self, why: str) -> int:
         """See the port."""
@@ -119,6 +133,15 @@ class Systemd:
             raise DeadlinePassed(f"{' '.join(argv)}: no end within {LIMIT:g} s")
         text = (done.stdout.strip() or done.stderr.strip())[-2000:]
         return done.returncode, text.decode("utf-8", "replace")
+
+
+def _service_of(pid: int) -> str:
+    """The service that a process belongs to; '' for none, or no such process. Good enough for a warning, not for a right."""
+    try:
+        path = Path(f"/proc/{pid}/cgroup").read_text().strip().rpartition("/")[2]
+    except OSError:
+        return ""
+    return path if path.endswith(".service") else ""
 
 
 def _environment() -> dict[str, str]:

@@ -26,6 +26,10 @@ def checks(seen: Situation) -> Iterator[Check]:
             yield warning(f"opaque:{instance.label}", evidence, "have its owner register what is in it")
         if instance.deserted:
             yield _deserted(instance)
+    for unit, command in seen.stops.items():
+        # Decision 17: it would be stopped while what it holds travels.
+        evidence = f"{unit} runs {command!r} when systemd stops the host for a jump, and an instance is its"
+        yield warning(f"stops:{unit}", evidence, "have it leave the guest alone, or jump directly, which stops no unit")
     well = len(seen.instances) - len(objecting)
     yield ok("instances", f"{well} of {len(seen.instances)} instances have nothing against it")
 

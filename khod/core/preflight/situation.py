@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from khod.abi import bzimage, cmdline, kernel_image
 from khod.core import images
 from khod.core.blocking import blocking
+from khod.core.callers import Kind
 from khod.core.need import Need, reckon
 from khod.core.ports import Image, KernelFacts, Machine, MemoryFigures
 from khod.core.registry import Entry, Grade, Key
@@ -80,6 +81,8 @@ class Situation:
     loaded: bool
     """Whether a kernel image is in place, which khod did not load."""
     instances: tuple[Instance, ...]
+    stops: Mapping[str, str]
+    """What the units that own or keep instances run when the host is stopped, by unit."""
     target: Target | None
 
     @property
@@ -126,6 +129,9 @@ class Surveyor:
             doubt=doubt,
             loaded=machine.kexec.loaded(),
             instances=instances,
+            stops=machine.manager.stop_commands(
+                {e.owner.name for e in entries if e.owner.kind is Kind.UNIT}, {e.keeper_pid for e in entries if e.keeper_pid}
+            ),
             target=self._target(image) if image else None,
         )
 

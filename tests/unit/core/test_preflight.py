@@ -44,7 +44,8 @@ def well() -> Situation:
     )  # fmt: skip
     return Situation(
         release="7.3.4", facts=facts, device=None, figures=MemoryFigures(2 * GIB, GIB, 0, 0, 0), need=Need(PARTS, GIB),
-        size=512 * MIB, files=4, doubt="", loaded=False, instances=(Instance(label="vm-1", objections=()),), target=target,
+        size=512 * MIB, files=4, doubt="", loaded=False, instances=(Instance(label="vm-1", objections=()),), stops={},
+        target=target,
     )  # fmt: skip
 
 
@@ -114,6 +115,7 @@ FIRING: list[tuple[str, Verdict, str, Change]] = [
     ("client:vm-1", Verdict.BLOCKER, "subscribed", seen(instances=(Instance(label="vm-1", objections=(), deserted=True),))),
     ("client:vm-1", Verdict.WARNING, "left behind",
      seen(instances=(Instance(label="vm-1", objections=(), deserted=True, required=False),))),
+    ("stops:vm-1.service", Verdict.WARNING, "virsh destroy", seen(stops={"vm-1.service": "virsh destroy vm-1"})),
     ("opaque:vm-1", Verdict.WARNING, "unknown", seen(instances=(Instance(label="vm-1", objections=(), opaque=True),))),
     ("image", Verdict.BLOCKER, "no kernel", seen(target=None)),
     ("image", Verdict.BLOCKER, "cut off", target(kernel=None, problem="it was cut off")),

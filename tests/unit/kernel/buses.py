@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -62,9 +63,10 @@ class Logind:
         self.preparing = value
         self._connection.send(new_signal(MANAGER, "PrepareForShutdown", "b", (value,)))
 
-    def let_go(self) -> bool:
-        """Whether the last inhibitor was let go of."""
-        return os.read(self._held[-1], 1) == b""
+    def let_go(self, seconds: float) -> bool:
+        """Whether the last inhibitor is let go of within that time; the bus may hold the message that it came in a while."""
+        readable, _, _ = select.select([self._held[-1]], [], [], seconds)
+        return bool(readable)
 
     def close(self) -> None:
         """End it."""
