@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from khod.core.ports import KernelFacts, Memory
+from khod.custodian import doubt
 from khod.errors import FormatError, KhodError
 from khod.folio.units import Range
 from khod.kernel.memory import KernelMemory
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from khod.abi.formats import Format
 
 _MACHINES = {"x86_64": "x86-64", "aarch64": "arm64", "riscv64": "riscv"}
-CAPABILITIES = {"CAP_SYS_BOOT": 22, "CAP_SYS_ADMIN": 21, "CAP_SYS_RAWIO": 17, "CAP_DAC_OVERRIDE": 1}
-"""Bits (linux/capability.h) without which khod cannot load a kernel, see frames, read memory, open the device."""
+CAPABILITIES = {"CAP_SYS_BOOT": 22, "CAP_SYS_ADMIN": 21, "CAP_SYS_RAWIO": 17}
+"""Bits (linux/capability.h) without which khod cannot load a kernel, see frames, read memory."""
 _LIMIT = 256 << 20
 """Of a kernel's data, in memory."""
 
@@ -81,21 +82,13 @@ class KernelFactsReader:
         return tuple(name for name, bit in CAPABILITIES.items() if not effective >> bit & 1)
 
     def _headroom(self) -> tuple[int | None, str]:
-        """The narrowest of memory.max and memory.high on the way up from our control group (version 2)."""
-        found = re.search(r"^0::(/.*)$", self._text("proc/self/cgroup"), re.M)
-        group = self._root / "sys/fs/cgroup" / found[1].lstrip("/") if found else None
-        narrowest: tuple[int | None, str] = None, ""
-        while group is not None and group != (self._root / "sys/fs/cgroup"):
-            for limit in ("memory.max", "memory.high"):
-                try:
-                    most, now = (group / limit).read_text().strip(), int((group / "memory.current").read_text())
-                except (OSError, ValueError):
-                    continue
-                left = max(0, int(most) - now) if most.isdecimal() else None
-                if left is not None and (narrowest[0] is None or left < narrowest[0]):
-                    narrowest = left, str(group / limit)
-            group = group.parent
-        return narrowest
+        """The narrowest limit on memory on the way up from our control group."""
+        try:
+            limits = doubt.group_limits(f"{self._root}/".replace("//", "/"))
+        except (OSError, ValueError):  # no control groups here
+            return None, ""
+        path, left = min(limits, key=lambda limit: limit[1], default=("", None))
+        return (None if left is None else max(0, left)), path
 
     @functools.cached_property
     def _formats(self) -> tuple[tuple[Format, ...], str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from khod.errors import MachineError
 from khod.folio.units import Range
-from khod.kernel.facts import KernelFactsReader
+from khod.kernel.facts import CAPABILITIES, KernelFactsReader
 from khod.kernel.memory import KernelMemory
 from tests import images
 
@@ -70,7 +71,7 @@ def test_what_is_set(root: Path) -> None:
     put(root, "proc/self/status", "CapEff:\t0000000000200000\n")
     facts = KernelFactsReader(Memory(), root).facts()
     assert (facts.load_disabled, facts.loads_left) == (True, 0)
-    assert facts.lacking == ("CAP_SYS_BOOT", "CAP_SYS_RAWIO", "CAP_DAC_OVERRIDE")
+    assert facts.lacking == ("CAP_SYS_BOOT", "CAP_SYS_RAWIO")
 
 
 def test_the_configuration_may_lie_in_boot(root: Path) -> None:
@@ -82,6 +83,7 @@ def test_the_configuration_may_lie_in_boot(root: Path) -> None:
 
 def test_the_narrowest_limit_on_the_way_up(root: Path) -> None:
     put(root, "proc/self/cgroup", "0::/system.slice/khod.service\n")
+    put(root, "proc/self/mountinfo", "30 23 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw\n")
     for group, most, high, now in (
         ("system.slice", "8192", "max", "5000"),
         ("system.slice/khod.service", "max", "4000", "1000"),
@@ -128,3 +130,10 @@ def test_this_host_has_facts() -> None:
     facts = KernelFactsReader(KernelMemory()).facts()
     assert facts.cmdline == Path("/proc/cmdline").read_text().strip()
     assert facts.machine
+
+
+def test_a_khod_under_systemd_lacks_nothing() -> None:
+    """Its unit grants the capabilities that are checked."""
+    unit = (Path(__file__).parents[3] / "systemd/khod.service").read_text()
+    (granted,) = re.findall(r"^CapabilityBoundingSet=(.*)$", unit, re.M)
+    assert set(CAPABILITIES) <= set(granted.split())
