@@ -339,6 +339,27 @@ def test_who_claimed_what_came_through_hears_that_it_is_restored_until_it_is_fin
     asyncio.run(scenario())
 
 
+def test_the_subscription_to_what_is_unregistered_or_claimed_by_another_ends(world: World) -> None:
+    async def scenario() -> None:
+        host = await world.khod()
+        await world.register("vm-1", world.memory())
+        await world.register("vm-2", world.memory())
+        one = Guest("vm-2")
+        await one.attend(host)
+        await host.unregister(ME, "vm-2")
+        await asyncio.wait_for(one.listening, 5)
+        host = await world.jump()
+        early = Guest("vm-1")
+        await early.attend(host)
+        await settled()
+        assert early.log == ["subscribed", "restored"]
+        claim = await host.claim(ME, "vm-1")
+        await asyncio.wait_for(early.listening, 5)
+        assert await host.subscribe(ME, [claim.handle])
+
+    asyncio.run(scenario())
+
+
 # States and sessions
 
 
