@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from khod.core.alerts import OF_STATE, Alert, alert
@@ -28,9 +29,12 @@ from khod.core.settings import Settings
 from khod.core.state import TRANSITIONS, State
 from khod.core.steps import Step
 from khod.core.views import EventView, StepView
-from khod.errors import DeadlinePassed, KhodError, Refused, UpdateFailed
+from khod.errors import DeadlinePassed, KhodError, Lost, Refused, UpdateFailed
 
 logger = logging.getLogger(__name__)
+
+EXITING = 0.2
+"""Seconds between the first and the last that is noticed of a process that exits."""
 
 _PHASES = (
     (State.PREPARING, State.PREPARED),
@@ -322,6 +326,21 @@ class Update:
         it does not get away with that. Afterwards nothing changes any more."""
         if self.state in (State.PREPARING, State.PREPARED, State.FREEZING):
             self._ended.append(entry)
+            self.broker.forget(entry.handle)  # nobody waits for the answer of who is gone
+
+    @staticmethod
+    async def _hear_of_ends(lost: Iterable[Entry]) -> None:
+        """A process that exits ends the subscription and what its instances hang on, and either may be noticed first: wait a
+        moment for the other, since an instance that ended is no failure."""
+        ends = []
+        for keeper in {e.keeper for e in lost if e.keeper is not None and e.keeper.there}:
+            ends.append(end := asyncio.Event())
+            keeper.on_end(end.set)
+        if ends:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(EXITING):
+                    for end in ends:
+                        await end.wait()
 
     async def _leave_ended_behind(self) -> None:
         while self._ended:
@@ -343,6 +362,9 @@ class Update:
         """Ask the clients of all instances in this update. An instance whose client says no, or does not answer within `limit`
         seconds, fails; with `may_leave` False, the update does."""
         failures = await self.broker.ask(phase, self.id, self.entries, limit)
+        if may_leave:
+            await self._hear_of_ends([e for e in self.entries if isinstance(failures.get(e.handle), Lost)])
+            await self._leave_ended_behind()
         for entry in self.entries:
             failure = failures.get(entry.handle)
             if failure is None or entry in self.left_behind:

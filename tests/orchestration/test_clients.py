@@ -159,56 +159,6 @@ def test_who_said_yes_to_everything_goes_on_when_the_kernel_comes_back(world: Wo
     asyncio.run(scenario())
 
 
-# Clients that go away
-
-
-def test_an_instance_that_had_a_client_does_not_go_without_one(world: World) -> None:
-    async def scenario() -> None:
-        host = await world.khod()
-        await world.register("vm-1", world.memory())
-        guest = Guest("vm-1")
-        await guest.attend(host)
-        await guest.leave()
-        await refused(world, "vm-1: nobody is there to answer for it", "client:vm-1")
-        await guest.attend(host)
-        assert (await world.jump()).state is State.RESTORED
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.parametrize("phase", ANSWERED)
-def test_a_client_that_vanishes_when_it_is_asked_costs_no_time(tmp_path: Path, phase: str) -> None:
-    async def scenario() -> None:
-        world = World(tmp_path, settings=replace(QUICK, preparing=3600, freezing=3600))
-        host = await world.khod()
-        await world.register("vm-1", world.memory())
-        await world.register("vm-2", world.memory())
-        good = Guest("vm-1")
-        await good.attend(host)
-        bad = Scripted("vm-2", **{phase: vanish})
-        await bad.attend(host)
-        await asyncio.wait_for(refused(world, "vm-2: its client is gone"), 60)
-        assert good.log[-1] == "aborted"
-
-    asyncio.run(scenario())
-
-
-def test_a_client_that_vanishes_between_its_ready_and_commit_stops_the_jump(world: World) -> None:
-    async def scenario() -> None:
-        host = await world.khod()
-        await world.register("vm-1", world.memory())
-        guest = Guest("vm-1")
-        await guest.attend(host)
-        task = await world.held(State.FROZEN)
-        guest.link.end()
-        await host.proceed()
-        with pytest.raises(UpdateFailed, match="vm-1: the connection on which its client said READY is gone"):
-            await task
-        assert not world.kernel.jumped
-
-    asyncio.run(scenario())
-
-
 # Calls of one connection each
 
 
