@@ -305,7 +305,7 @@ def test_the_subscription_to_what_is_unregistered_or_claimed_by_another_ends(wor
         assert early.log == ["subscribed", "restored"]
         claim = await host.claim(ME, "vm-1")
         await asyncio.wait_for(early.listening, 5)
-        assert await host.subscribe(ME, [claim.handle])
+        assert (await anext(await host.subscribe(ME, [claim.handle]))).phase == "subscribed"
 
     asyncio.run(scenario())
 
