@@ -240,6 +240,14 @@ class Config:
         DEFAULT_MAX_ORDER, ORDER, "The largest order of a folio that is tracked, and believed when a map is read."
     )
     log_level: str = _setting("info", LEVEL, "The least severe messages that are logged.")
+    orphans_after: float = _setting(
+        3600.0, SECONDS, "When what came through a jump, and nobody has claimed since, is reported as an orphan. It is kept."
+    )
+    reconnect: float = _setting(
+        60.0,
+        SECONDS,
+        "How long the instances of connections are kept by a khod that was started anew, for their clients to come back.",
+    )
     policy: tuple[Rule, ...] = _setting((), RULES, "Who may do what, beside root and khod's own user, who may everything.")
     deadlines: Deadlines = field(default_factory=Deadlines)
     verification: Verification = field(default_factory=Verification)

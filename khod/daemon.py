@@ -158,6 +158,8 @@ def core_settings(configuration: config.Config) -> Settings:
         sync=configuration.deadlines.sync,
         restoring=configuration.deadlines.restoring,
         jump=configuration.jump,
+        orphans_after=configuration.orphans_after,
+        reconnect=configuration.reconnect,
         reserve=configuration.reserve,
         max_order=configuration.max_order,
         sample_pages=configuration.verification.pages,

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from khod import config, daemon
+from khod.core.settings import Settings
 from khod.simulated import create
 
 ROOT = Path(__file__).parents[2]
@@ -51,3 +56,12 @@ def test_systemd_without_its_bindings_is_an_error_and_not_a_unit_that_never_star
     assert status == 2
     assert "pip install 'khod[systemd]'" in said
     assert not (tmp_path / "khod.sock").exists()
+
+
+def test_every_setting_of_the_core_comes_from_the_configuration() -> None:
+    """With the same default, and each from a setting of its own."""
+    assert daemon.core_settings(config.Config()) == Settings()
+    source = inspect.getsource(daemon.core_settings)
+    taken = dict(re.findall(r"^        (\w+)=configuration\.([\w.]+)", source, re.M))
+    assert set(taken) == {row.name for row in dataclasses.fields(Settings)}
+    assert len(set(taken.values())) == len(taken)
