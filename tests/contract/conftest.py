@@ -52,7 +52,8 @@ def device() -> Iterator[KernelLiveUpdate]:
 def running(directory: Path, device: KernelLiveUpdate) -> Iterator[Rig]:
     """The running kernel. What a failed test left open is closed: the next would fail for a reason that is not its own."""
     before = descriptors()
-    yield KernelRig(replace(kernel_machine(directory), liveupdate=device), device, os.environ["KHOD_BZIMAGE"], directory)
+    host = replace(kernel_machine(directory), liveupdate=device)
+    yield KernelRig(host, KernelLiveUpdate(patience=0.1), os.environ["KHOD_BZIMAGE"], directory)
     for fd, link in descriptors().items() - before.items():
         if not link.startswith("socket:"):  # those are the helpers'
             os.close(fd)
