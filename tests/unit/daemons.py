@@ -33,9 +33,12 @@ def powered(directory: Path) -> Iterator[Path]:
 
 
 class Daemon:
-    """One khod, in a directory with its machine. `before` is put before its command line."""
+    """One khod, in a directory with its machine. `before` is put before its command line, `listener` is passed to it as systemd
+    passes sockets."""
 
-    def __init__(self, directory: Path, *, before: Sequence[str] = (), code: str = CODE, **environment: str) -> None:
+    def __init__(
+        self, directory: Path, *, before: Sequence[str] = (), code: str = CODE, listener: int = -1, **environment: str
+    ) -> None:
         self.directory = directory
         self.socket = directory / "khod.sock"
         config = directory / "khod.yaml"
@@ -49,11 +52,14 @@ class Daemon:
         self._notified.bind(str(address))
         self.heard: list[str] = []
         """Every line of every notification."""
+        if listener >= 0:
+            before = (*before, "bash", "-c", f'LISTEN_FDS=1 LISTEN_PID=$$ exec "$@" 3<&{listener}', "bash")
         self.process = subprocess.Popen(
             [*before, sys.executable, "-c", f"import sys; sys.argv = ['khod', '--config', {str(config)!r}]; {code}"],
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            pass_fds=(listener,) if listener >= 0 else (),
             env=os.environ | {"NOTIFY_SOCKET": str(address), "RUNTIME_DIRECTORY": str(runtime)} | environment,
         )
 

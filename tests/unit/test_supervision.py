@@ -148,6 +148,21 @@ def test_a_socket_that_systemd_listens_with_is_used_and_stays(place: Path) -> No
             process.kill()
 
 
+def test_nobody_is_refused_while_khod_is_started_again(place: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(str(place / "khod.sock"))
+        listener.listen()
+        with Daemon(place, listener=listener.fileno()) as first:
+            first.hear("READY=1")
+            assert answers(first.socket)
+            assert first.end()[0] == 0
+        client.settimeout(20)
+        client.connect(str(place / "khod.sock"))
+        client.sendall(b'{"method":"org.varlink.service.GetInfo","parameters":{}}\0')
+        with Daemon(place, listener=listener.fileno()):
+            assert b"org.khod" in client.recv(65536)
+
+
 def test_a_socket_that_is_not_the_configured_one_is_an_error(place: Path) -> None:
     config = place / "khod.yaml"
     config.write_text(f"socket: {place}/configured.sock\nmachine: simulated:{place}/machine\n")
