@@ -21,6 +21,7 @@ from khod.folio.units import DEFAULT_MAX_ORDER, MAX_ORDER
 DEFAULT_PATH: Final = Path("/etc/khod/khod.yaml")
 _SOCKET: Final = Path("/run/khod/khod.sock")
 _LUO_AGENT: Final = Path("/run/luod/liveupdate.sock")
+_FLEET: Final = Path("/etc/khod/fleet.yaml")
 _STATE: Final = Path("/var/lib/khod")
 JUMPS: Final = ("direct", "systemd")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
@@ -238,6 +239,11 @@ class Config:
     )
     max_order: int = _setting(
         DEFAULT_MAX_ORDER, ORDER, "The largest order of a folio that is tracked, and believed when a map is read."
+    )
+    fleet: Path = _setting(  # noqa: RUF009
+        _FLEET,
+        PATH,
+        "The formats that a fleet agreed on: an update's target must read them. Without such a file none are demanded.",
     )
     log_level: str = _setting("info", LEVEL, "The least severe messages that are logged.")
     orphans_after: float = _setting(

@@ -161,6 +161,7 @@ def core_settings(configuration: config.Config) -> Settings:
         orphans_after=configuration.orphans_after,
         reconnect=configuration.reconnect,
         reserve=configuration.reserve,
+        fleet=configuration.fleet,
         max_order=configuration.max_order,
         sample_pages=configuration.verification.pages,
         sample_budget=configuration.verification.budget_ms / 1000,

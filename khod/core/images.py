@@ -10,11 +10,15 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from khod.abi import bzimage
 from khod.core.ports import Image
 from khod.core.refusals import MAX_CMDLINE, command_line
 from khod.errors import FormatError, InvalidRequest, NotAKernel, Refused
+
+if TYPE_CHECKING:
+    from khod.abi.fleet import Fleet
 
 _CHUNK = 1 << 20
 
@@ -47,6 +51,19 @@ def check_unchanged(image: Image) -> None:
     if _digest(_files(image)) != (image.sha256, image.size):
         names = " or ".join(filter(None, (image.kernel, image.initrd)))
         raise Refused(f"{names} changed since it was checked", hint="load it again, so that what is booted is what was meant")
+
+
+def profile(path: str) -> Fleet | None:
+    """A fleet's profile; None where there is no such file. Raises InvalidRequest for one that will not do."""
+    from khod.abi import fleet  # YAML is behind it
+
+    if not os.path.lexists(path):
+        return None
+    fd = _open(path, "profile")
+    try:
+        return fleet.parse(os.pread(fd, fleet.MAX_SIZE + 1, 0), path)
+    finally:
+        os.close(fd)
 
 
 def kernel_bytes(image: Image, limit: int) -> bytes:

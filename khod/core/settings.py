@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from khod.folio.units import DEFAULT_MAX_ORDER
 
@@ -22,6 +23,8 @@ class Settings:
     """For one instance to be restored."""
     reserve: int = 64 << 20
     """Bytes of memory that an update must leave free."""
+    fleet: Path = Path("/etc/khod/fleet.yaml")
+    """The profile of formats that an update's target must read (`khod.abi.fleet`), if there is such a file."""
     max_order: int = DEFAULT_MAX_ORDER
     """Largest folio order that the map may hold."""
     sample_pages: int = 16

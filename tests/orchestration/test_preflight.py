@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -251,3 +252,23 @@ def test_the_facts_are_those_of_the_machine(world: World) -> None:
     facts = machine(world.workload).kernel.facts()
     assert [str(f) for f in facts.formats] == ["kho-v4", "luo-v5", "memblock-v1", "memfd-v2", "reserve-mem-v1"]
     assert facts.scratch == machine(world.workload).memory.scratch()
+
+
+def test_what_a_fleet_has_agreed_on_is_demanded(world: World, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        profile = tmp_path / "fleet.yaml"
+        world.settings = replace(world.settings, fleet=profile)
+        host = await world.khod()
+        await host.load(str(world.image))
+        assert (await checks(world))["fleet"].evidence == "no profile of a fleet is demanded"
+        profile.write_text("fleet: front\nformats: [kho-v4, luo-v5, memfd-v2]\n")
+        assert (await checks(world))["fleet"].verdict == Verdict.OK
+        profile.write_text("fleet: front\nformats: [kho-v4, luo-v6]\n")
+        await blocked(world, "fleet", "luo-v6 is written, luo-v5 is read")
+        profile.write_text("fleet: front\n")
+        await blocked(world, "fleet", "`formats` is missing")
+        profile.unlink()
+        profile.mkdir()
+        await blocked(world, "fleet", "not a regular file")
+
+    asyncio.run(scenario())

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from khod.abi import bzimage, cmdline, kernel_image
+from khod.abi.fleet import Fleet
 from khod.core import images
 from khod.core.blocking import blocking
 from khod.core.callers import Kind
@@ -83,6 +84,10 @@ class Situation:
     instances: tuple[Instance, ...]
     stops: Mapping[str, str]
     """What the units that own or keep instances run when the host is stopped, by unit."""
+    fleet: Fleet | None
+    """What the fleet has agreed on, if it has."""
+    fleet_problem: str
+    """Why that cannot be read."""
     target: Target | None
 
     @property
@@ -118,6 +123,7 @@ class Surveyor:
             doubt = machine.custody.doubt(size, files)
         except KhodError as error:
             doubt = str(error)
+        fleet, problem = self._fleet()
         return Situation(
             release=machine.boot.boot().release,
             facts=machine.kernel.facts(),
@@ -132,6 +138,8 @@ class Surveyor:
             stops=machine.manager.stop_commands(
                 {e.owner.name for e in entries if e.owner.kind is Kind.UNIT}, {e.keeper_pid for e in entries if e.keeper_pid}
             ),
+            fleet=fleet,
+            fleet_problem=problem,
             target=self._target(image) if image else None,
         )
 
@@ -161,6 +169,12 @@ class Surveyor:
             return list(await entry.driver.check(entry.view(self._machine)))
         except KhodError as error:
             return [f"{entry.label}: {error}"]
+
+    def _fleet(self) -> tuple[Fleet | None, str]:
+        try:
+            return images.profile(str(self._settings.fleet)), ""
+        except KhodError as error:
+            return None, str(error)
 
     def _target(self, image: Image) -> Target:
         if self._last is None or self._last[0] != image.sha256:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from khod.abi.formats import KHO, LUO, MEMFD, Comparison, Match, Outcome, compare
+from khod.abi.formats import KHO, LUO, MEMFD, Comparison, Match, Outcome, compare, compare_all
 from khod.abi.placement import ELFCOREHDR_ROOM
 from khod.core.preflight.running import OPTIONS
 from khod.core.preflight.situation import Situation, Target
@@ -42,6 +42,7 @@ def checks(seen: Situation) -> Iterator[Check]:
     yield _root(seen, target)
     yield _initrd(target)
     yield from _formats(seen, target)
+    yield _fleet(seen, target)
 
 
 def _image(target: Target) -> Check:
@@ -156,6 +157,20 @@ def _formats(seen: Situation, target: Target) -> Iterator[Check]:
         written = [f for f in seen.facts.formats if f.name == name]
         compared = [compare(name, f, reads) for f in written] or [compare(name, None, reads)]
         yield _format(seen, next((c for c in compared if c.match is Match.COMPATIBLE), compared[0]))
+
+
+def _fleet(seen: Situation, target: Target) -> Check:
+    if seen.fleet_problem:
+        return blocker("fleet", seen.fleet_problem, "mend the profile, or take it away")
+    if seen.fleet is None:
+        return ok("fleet", "no profile of a fleet is demanded")
+    if target.kernel is None:
+        return unknown("fleet", "the image cannot be read")
+    lacking = [c.reason for c in compare_all(seen.fleet.formats, target.kernel.formats) if c.match is not Match.COMPATIBLE]
+    if lacking:
+        evidence = f"the fleet {seen.fleet.name} has agreed on other formats: {'; '.join(lacking)}"
+        return blocker("fleet", evidence, "name a kernel that reads them: from this one the fleet's others may be out of reach")
+    return ok("fleet", f"the target reads what the fleet {seen.fleet.name} has agreed on")
 
 
 def _format(seen: Situation, compared: Comparison) -> Check:

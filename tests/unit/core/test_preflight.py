@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from khod.abi import formats, kernel_image
+from khod.abi.fleet import Fleet
 from khod.core.need import Need
 from khod.core.ports import Image, KernelFacts, MemoryFigures
 from khod.core.preflight import table, verdict
@@ -45,7 +46,7 @@ def well() -> Situation:
     return Situation(
         release="7.3.4", facts=facts, device=None, figures=MemoryFigures(2 * GIB, GIB, 0, 0, 0), need=Need(PARTS, GIB),
         size=512 * MIB, files=4, doubt="", loaded=False, instances=(Instance(label="vm-1", objections=()),), stops={},
-        target=target,
+        fleet=None, fleet_problem="", target=target,
     )  # fmt: skip
 
 
@@ -142,6 +143,8 @@ FIRING: list[tuple[str, Verdict, str, Change]] = [
     ("format:memfd", Verdict.BLOCKER, "dead for that whole boot", kernel(formats=(formats.parse("memfd-v9"),))),
     ("format:memblock", Verdict.WARNING, "what reserve_mem= holds is lost",
      both(facts(cmdline=f"{CMDLINE} reserve_mem=1M:4K:log"), kernel(formats=(formats.parse("kho-v4"),)))),
+    ("fleet", Verdict.BLOCKER, "luo-v9 is written, luo-v5 is read", seen(fleet=Fleet("front", (formats.parse("luo-v9"),)))),
+    ("fleet", Verdict.BLOCKER, "makes no sense", seen(fleet_problem="fleet.yaml: makes no sense")),
     ("format:memfd", Verdict.UNKNOWN, "the running kernel knows is not known", facts(formats=())),
 ]  # fmt: skip
 
