@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 STATUS_INTERVAL = 1.0
 """Seconds within which a change of what khod does shows in systemd, and within which one who waits to end sees that he may."""
+ANY_MOMENT = 0.02
+"""Seconds."""
 ANSWERABLE = frozenset({State.IDLE, State.RESTORED, State.LOST, State.ABORTED})
 """States in which `khoctl claim` has an answer for everybody: khod-restored.target is reached (decision 24)."""
 UNANSWERABLE = frozenset({State.RESTORING, State.FAILED, State.UNREACHABLE})
@@ -153,11 +155,11 @@ async def undo_at_shutdown(host: Host, manager: Manager) -> None:
     while the update's inhibitor lasts. And when the shutdown that is its jump does not happen after all, say so. Never ends."""
     async for begins in logind.shutdowns():
         update = host.last_update
-        if update is not None and update.left_to_systemd:
+        if update is not None and update.accepted:
             # logind says False as well when its job is done, and that is the jump.
             if not begins and not await _asked(manager.coming, unknown=True):
                 update.came_back("logind says that the shutdown does not happen")
-        elif begins:
+        elif begins and not _left_to_systemd(host):
             await undo(host, "a shutdown begins")
 
 
@@ -180,7 +182,10 @@ async def until_it_may_end(told: asyncio.Event, host: Host, manager: Manager, sa
     """
     await told.wait()
     said = ""
-    while not _left_to_systemd(host) and (reason := host.keeps_from_exit()):
+    while not _accepted(host) and (reason := host.keeps_from_exit()):
+        if _left_to_systemd(host):  # whether PID 1 accepts is known any moment, and nobody is to wait for us then
+            await asyncio.sleep(ANY_MOMENT)
+            continue
         if reason != said:
             alert(logger, Alert.STAYS, "not stopping yet: %s", reason)
             said = reason
@@ -189,7 +194,11 @@ async def until_it_may_end(told: asyncio.Event, host: Host, manager: Manager, sa
             await undo(host, "the system is going down")
             continue
         await asyncio.sleep(STATUS_INTERVAL)
-    return _left_to_systemd(host)
+    return _accepted(host)
+
+
+def _accepted(host: Host) -> bool:
+    return host.last_update is not None and host.last_update.accepted
 
 
 def _left_to_systemd(host: Host) -> bool:

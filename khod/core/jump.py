@@ -89,14 +89,14 @@ class ExecuteBySystemd(Execute):
             raise DeadlinePassed(f"not told that the jump is next: the clients of {', '.join(e.label for e in deaf)}")
         for step in update.begun(HoldOff):
             await step.undo()
-        # From here on SIGTERM may be PID 1's: there is nothing left to do but to go.
         update.left_to_systemd = True
         try:
             await blocking(update.machine.manager.kexec)
+            update.accepted = True  # SIGTERM is PID 1's, and there is nothing left to do but to go
             reason = await update.returned()
             raise KexecFailed(f"systemctl kexec: {reason}", errno=0, hint="see `journalctl -u systemd-logind -u init.scope`")
         except KhodError:
-            update.left_to_systemd = False
+            update.left_to_systemd = update.accepted = False
             raise
 
 

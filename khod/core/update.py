@@ -62,7 +62,9 @@ class Update:
         jump: str = "direct",
     ) -> None:
         self.left_to_systemd = False
-        """The jump is PID 1's by now: what khod is told to end for, and what it must not undo."""
+        """PID 1 is being asked for the jump, or has accepted it: it must not be undone."""
+        self.accepted = False
+        """It has: this is what khod is told to end for."""
         self._came_back = asyncio.Event()
         self._why_back = ""
         self.id, self.machine, self.settings, self.boot = ident, machine, settings, boot

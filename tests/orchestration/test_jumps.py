@@ -206,6 +206,8 @@ async def left(world: World, manager: Manager) -> asyncio.Task[None]:
     task = asyncio.create_task(update())
     await asyncio.wait_for(taken.wait(), 10)
     assert world.host.last_update is not None
+    while not world.host.last_update.accepted:  # noqa: ASYNC110 - the thread that asked has yet to say so
+        await asyncio.sleep(0)
     assert world.host.last_update.left_to_systemd
     return task
 
@@ -229,6 +231,35 @@ def test_sigterm_on_the_way_to_the_jump_lets_go_of_nothing(tmp_path: Path) -> No
         assert world.host.state is State.EXECUTING
         assert len([label for label in world.kernel.systemd.store if label[0] == "outgoing"]) == 2
         task.cancel()
+
+    asyncio.run(play())
+
+
+def test_sigterm_waits_for_pid_1_to_accept(tmp_path: Path) -> None:
+    """A khod that is stopped while it asks for the jump, and is refused, must be there to undo it."""
+    world = World(tmp_path, settings=BY_SYSTEMD, systemd=True)
+    asked, answer = threading.Event(), threading.Event()
+
+    def refuse() -> None:
+        asked.set()
+        assert answer.wait(10)
+        raise KexecFailed("systemctl kexec: inhibited by apt", errno=EIO)
+
+    async def play() -> None:
+        manager = Manager(world, refuse)
+        await under(world, manager)
+        updating = asyncio.create_task(world.update())
+        assert await asyncio.to_thread(asked.wait, 10)
+        told = asyncio.Event()
+        told.set()
+        waiting = asyncio.create_task(until_it_may_end(told, world.host, manager, print))
+        done, _ = await asyncio.wait([waiting], timeout=0.1)
+        assert not done
+        answer.set()
+        assert not await asyncio.wait_for(waiting, 10), "nothing is PID 1's: khod ends as always"
+        assert world.host.state is State.ABORTED
+        with pytest.raises(UpdateFailed):
+            await updating
 
     asyncio.run(play())
 

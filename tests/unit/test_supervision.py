@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from khod.core.state import State
-from khod.supervision import ANSWERABLE, UNANSWERABLE, Notifier
+from khod.supervision import ANSWERABLE, UNANSWERABLE, Answerable, Notifier
 from tests.unit.daemons import CODE, ROOT, Daemon, powered
 from tests.unit.test_house import tool
 
@@ -222,6 +222,20 @@ def test_a_broken_configuration_names_file_and_key(place: Path) -> None:
     assert f"{place}/khod.yaml: there is no setting sockt" in said
     assert "did you mean socket?" in said
     assert not list((place / "runtime").iterdir())
+
+
+def test_the_target_is_told_of_what_may_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", f"{tmp_path}:/run/other")
+    answerable, file = Answerable(), tmp_path / "restored"
+    there = []
+    for state in (State.RESTORING, State.RESTORED, State.FINISHING, State.IDLE, State.PREPARING, State.ABORTED, State.FAILED):
+        answerable.say(state)
+        there.append(file.exists())
+    assert there == [False, True, True, True, True, True, False]
+    answerable.say(State.UNREACHABLE)
+    assert not file.exists()
+    answerable.say(State.LOST)
+    assert file.exists(), "start cold"
 
 
 def test_every_state_that_khod_can_rest_in_is_one_or_the_other() -> None:
