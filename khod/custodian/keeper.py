@@ -378,11 +378,13 @@ class Keeper:
             else:
                 self._recall(fd)
         for fd in unlabelled:
+            if fd in ours:
+                continue
             if self.table.retrieving and luo.is_session(fd):
                 name = luo.name(fd)
                 self._label(fd, SESSION, name, self._new_mark(b"S"))
                 self.sessions[name] = fd
-            elif fd not in ours:
+            else:
                 try:
                     os.close(fd)
                 except OSError:
