@@ -24,6 +24,7 @@ _LUO_AGENT: Final = Path("/run/luod/liveupdate.sock")
 _FLEET: Final = Path("/etc/khod/fleet.yaml")
 _STATE: Final = Path("/var/lib/khod")
 JUMPS: Final = ("direct", "systemd")
+CONTINUITIES: Final = ("preserved", "rebuilt", "reset")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 RIGHTS: Final = ("observe", "instances", "opaque", "operate", "administer")
 """What a rule can grant; `khod.core.callers.Right` says what each is."""
@@ -79,6 +80,12 @@ def _machine(text: str) -> str:
 def _jump(text: str) -> str:
     if text not in JUMPS:
         raise ValueError("there is no such jump")
+    return text
+
+
+def _continuity(text: str) -> str:
+    if text not in CONTINUITIES:
+        raise ValueError("there is no such continuity")
     return text
 
 
@@ -162,6 +169,7 @@ MILLISECONDS = Kind("milliseconds, from 0 to 60000", _checked(_within(int, ge=0,
 RULES = Kind("a list of rules, see below", _rules)
 FLAG = Kind("`true` or `false`", _checked(lambda: bool))
 JUMP = Kind("`direct` or `systemd`", _checked(lambda: str, _jump))
+CONTINUITY = Kind("one of " + ", ".join(f"`{word}`" for word in CONTINUITIES), _checked(lambda: str, _continuity))
 LEVEL = Kind("one of " + ", ".join(f"`{level}`" for level in LOG_LEVELS), _checked(lambda: str, _level))
 
 
@@ -236,6 +244,11 @@ class Config:
     )
     jump: str = _setting(
         "direct", JUMP, "How an update jumps that does not say: at once, or by `systemctl kexec`, which stops the host first."
+    )
+    require: str = _setting(
+        "reset",
+        CONTINUITY,
+        "The least that an update must give each instance, else it is refused: the same object, the same contents, or any.",
     )
     max_order: int = _setting(
         DEFAULT_MAX_ORDER, ORDER, "The largest order of a folio that is tracked, and believed when a map is read."

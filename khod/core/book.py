@@ -50,6 +50,8 @@ class Page:
     session: str
     """The incoming session that it is still to be restored from; '' for none."""
     problem: str = ""
+    keepsake: Mapping[str, str] = field(default_factory=dict)
+    """Hexadecimal."""
 
     @property
     def key(self) -> Key:
@@ -226,8 +228,9 @@ def page_of(entry: Entry) -> Page:
         attended=entry.attended,
         since=entry.since,
         deposits=dict(entry.deposits),
-        session="" if outgoing else entry.session_name,
+        session=entry.incoming,
         problem=entry.problem,
+        keepsake={name: value.hex() for name, value in entry.keepsake.items()},
     )
 
 

@@ -52,8 +52,8 @@ class Attended(Protocol):
         ...
 
     @property
-    def session_name(self) -> str:
-        """Of its kernel session; '' when it has none."""
+    def incoming(self) -> str:
+        """Name of the session that it came through a jump in; '' when that is finished, or there was none."""
         ...
 
 
@@ -118,7 +118,7 @@ class Broker:
             self._subscriptions[entry.handle] = subscription
             if state.outgoing:
                 self._heard[entry.handle] = subscription
-        if restored := [e.handle for e in entries if e.state in _CAME_THROUGH and e.session_name]:
+        if restored := [e.handle for e in entries if e.state in _CAME_THROUGH and e.incoming]:
             subscription.tell(_view(Phase.RESTORED, update, restored))
         return subscription
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from khod.core.ports import Files, Machine
@@ -43,6 +44,32 @@ class StateBound:
 
     name: str
     size: int
+    bulk: bool = False
+    """Memory, and not a record: exactly `size` bytes from offset 0 of its file, which may be mapped."""
+
+
+class Strategy(StrEnum):
+    """How an instance crosses the jump."""
+
+    NATIVE = "native"
+    """The kernel preserves its descriptors themselves."""
+    CARRIED = "carried"
+    """Its state is copied into memory that the kernel preserves, and it is made anew from that."""
+
+
+class Continuity(StrEnum):
+    """What its owner finds afterwards, best first."""
+
+    PRESERVED = "preserved"
+    """The same object, as it was."""
+    REBUILT = "rebuilt"
+    """Another object, of the same contents."""
+    RESET = "reset"
+    """Another object that starts from the beginning."""
+
+    def meets(self, wanted: Continuity) -> bool:
+        """Whether it is as good as what is wanted."""
+        return [*Continuity].index(self) <= [*Continuity].index(wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +87,10 @@ class Declaration:
     properties: Mapping[str, bytes] = field(default_factory=dict)
     requires: tuple[str, ...] = ()
     size: int = 0
+    made: tuple[str, ...] = ()
+    """Names of descriptors of the request that the kernel does not preserve, and that restore makes anew."""
+    strategy: Strategy = Strategy.NATIVE
+    continuity: Continuity = Continuity.PRESERVED
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +114,10 @@ class StateArea:
         self._files, self.fd, self.bound = files, fd, bound
 
     @staticmethod
-    def file_size(size: int) -> int:
-        """Bytes of the memfd behind a state of at most `size` bytes."""
-        return -(-(size + _LENGTH.size) // PAGE_SIZE) * PAGE_SIZE
+    def file_size(bound: StateBound) -> int:
+        """Bytes of the memfd behind a state."""
+        head = 0 if bound.bulk else _LENGTH.size
+        return -(-(bound.size + head) // PAGE_SIZE) * PAGE_SIZE
 
     def write(self, data: bytes) -> None:
         """Store `data`, replacing what was there. Raises UpdateFailed when it outgrows the declared bound."""
@@ -98,6 +130,8 @@ class StateArea:
 
     def check(self) -> None:
         """Hold what somebody else wrote to the bound. Raises UpdateFailed."""
+        if self.bound.bulk:
+            return
         (length,) = _LENGTH.unpack(self._files.read(self.fd, 0, _LENGTH.size))
         if length > self.bound.size:
             raise UpdateFailed(
@@ -125,6 +159,8 @@ class Instance:
     states: Mapping[str, StateArea]
     properties: Mapping[str, bytes]
     """Its node's properties: as declared, or on restore as the previous kernel's khod left them (`khod.abi.cells` reads)."""
+    keepsake: Mapping[str, bytes] = field(default_factory=dict)
+    """What prepare said that thaw needs to know: there in thaw even if khod was killed in between."""
 
     @property
     def path(self) -> str:
@@ -157,8 +193,8 @@ class Driver(Protocol):
         """Reasons why an update with this instance would fail; () when there are none."""
         ...
 
-    async def prepare(self, instance: Instance) -> None:
-        """Before the instance's descriptors are preserved, the workload running."""
+    async def prepare(self, instance: Instance) -> Mapping[str, bytes]:
+        """Before the instance's descriptors are preserved, the workload running. Returns what thaw has to know."""
         ...
 
     async def freeze(self, instance: Instance) -> Mapping[str, bytes]:
@@ -173,8 +209,9 @@ class Driver(Protocol):
         """What people should know of it."""
         ...
 
-    async def restore(self, instance: Instance) -> None:
-        """In the new kernel, with everything retrieved and the sample verified. Raises when it is damaged."""
+    async def restore(self, instance: Instance) -> Mapping[str, int]:
+        """In the new kernel, with everything retrieved and the sample verified; once. Returns the descriptors that it made
+        anew (`Declaration.made`), owned by the caller. Raises when it is damaged."""
         ...
 
     async def finish(self, instance: Instance) -> None:
@@ -210,6 +247,8 @@ def check_declaration(request: Request, declaration: Declaration) -> None:
         problems.append("two descriptors or states of one name")
     if unknown := {p.fd for p in declaration.fds} - set(request.fds.values()):
         problems.append(f"descriptors {sorted(unknown)} that were not in the request")
+    if strange := set(declaration.made) ^ (set(request.fds) - {p.name for p in declaration.fds}):
+        problems.append(f"descriptors {sorted(strange)} that are neither preserved nor made anew, or both")
     if reserved := [n for n in declaration.properties if n.startswith("khod,") or n == "compatible"]:
         problems.append(f"properties {reserved} that belong to khod")
     if negative := [s.name for s in declaration.states if s.size < 0]:

@@ -21,12 +21,12 @@ class Finisher:
     def blockers(self) -> list[str]:
         """Instances that stand against finishing everything, in sentences: what came with them would be lost (decision 7)."""
         found = [f"{e.label} is {e.state}: {e.problem}" for e in self._registry if not e.state.sound]
-        opaque = [e for e in self._registry if e.grade is Grade.OPAQUE and e.session_name and e.state.sound]
+        opaque = [e for e in self._registry if e.grade is Grade.OPAQUE and e.incoming and e.state.sound]
         return found + [f"{e.label} is opaque, and its owner has not said that it is finished" for e in opaque]
 
     async def one(self, entry: Entry) -> None:
         """Finish an instance's session: everything of it is in custody by itself before. Finished already: no effect."""
-        name = entry.session_name
+        name = entry.incoming
         if entry.session < 0 or not name:
             return
         for holder in (entry, *self._sharers(entry)):
@@ -35,6 +35,7 @@ class Finisher:
         if entry.grade is Grade.REGISTERED:  # an opaque one is its owner's to finish, and he has said that he did
             await blocking(self._machine.liveupdate.finish, entry.session)
         await blocking(entry.close_session, self._machine)
+        entry.incoming = ""
         await blocking(self._book.end_session, entry, name)
         await blocking(self._machine.custody.release, name)
         if entry.driver is not None:

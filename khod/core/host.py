@@ -151,7 +151,7 @@ class Host:
 
     async def _let_go(self, entry: Entry) -> None:
         """Forget an instance; what nobody else holds of it is freed."""
-        session = entry.session_name
+        session = entry.incoming
         if session and entry.session < 0:  # it waits to be retrieved: freeing it takes that
             entry.session = await blocking(self.machine.liveupdate.retrieve_session, session)
         self.registry.remove(entry)
@@ -363,7 +363,7 @@ class Host:
             await self.verified()
             await self._finisher.one(entry)
             restored = self.incoming is not None and self.state is State.RESTORED
-            if restored and not any(e.session_name for e in self.registry):
+            if restored and not any(e.incoming for e in self.registry):
                 await self._finish()
 
     # Service: the life cycle, for clients
@@ -458,6 +458,7 @@ class Host:
             events=self._events,
             entries=entries,
             broker=self.broker,
+            book=self.book,
             image=self._image,
             hold_at=hold_at,
             jump=jump or self.settings.jump,

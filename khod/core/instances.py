@@ -210,7 +210,6 @@ async def revive(machine: Machine, drivers: Drivers, page: Page) -> Entry:
         shareable=page.shareable,
         shares=dict(page.shares),
         state=page.state,
-        deposits=dict(page.deposits),
     )
     take_up(entry, page)
     return entry
@@ -220,6 +219,8 @@ def take_up(entry: Entry, page: Page) -> None:
     """What the book says of an instance beyond its descriptors: who speaks for it, and whether it was claimed."""
     entry.handle, entry.lifetime, entry.keeper_pid = page.handle, page.lifetime, page.keeper_pid
     entry.attended, entry.since = page.attended, page.since
+    entry.deposits = dict(page.deposits)
+    entry.keepsake = {name: bytes.fromhex(value) for name, value in page.keepsake.items()}
     if entry.state is InstanceState.RESTORED:
         entry.state = page.state if page.state.sound else entry.state
 
@@ -269,4 +270,6 @@ async def instance_view(machine: Machine, entry: Entry, *, orphan: bool = False)
         since=entry.since,
         orphan=orphan,
         attended=entry.attended,
+        strategy=entry.declaration.strategy,
+        continuity=entry.declaration.continuity,
     )

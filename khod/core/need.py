@@ -62,7 +62,7 @@ def reckon(entries: Iterable[Entry], files: Files, figures: MemoryFigures, reser
             swapped += max(0, stat.allocated - stat.resident)
             resident += stat.resident
             pages += size // PAGE_SIZE
-        states += sum(StateArea.file_size(bound.size) for bound in entry.declaration.states)
+        states += sum(StateArea.file_size(bound) for bound in entry.bounds)
     parts = {
         "holes": holes,
         "swapped": swapped,

@@ -13,6 +13,7 @@ from typing import TypeVar
 from khod.abi import cells
 from khod.abi.tree import InstanceNode
 from khod.core.callers import Lifetime, Owner
+from khod.core.driver import Continuity, StateBound, Strategy
 from khod.core.registry import Grade, Key
 from khod.core.sample import Sample
 from khod.errors import FormatError, TreeError
@@ -50,6 +51,12 @@ class Carried:
     frames: tuple[bytes, ...]
     """Of each of `memory` and each state's memfd: SHA-256 over its folios in file order (see `khod.core.outgoing.learn`)."""
     sample: Sample
+    bulk: tuple[str, ...] = ()
+    """Which of `states` are memory (`khod.core.driver.StateBound`)."""
+    made: tuple[str, ...] = ()
+    """Names of descriptors that its driver makes anew."""
+    strategy: Strategy = Strategy.NATIVE
+    continuity: Continuity = Continuity.PRESERVED
     content: bytes = b""
     """SHA-256 of every byte of `memory`; b'' when that was not asked for."""
     properties: Mapping[str, bytes] = field(default_factory=dict)
@@ -61,6 +68,10 @@ class Carried:
     shares: Mapping[str, tuple[Key, str]] = field(default_factory=dict)
     """Which of `fds` are in another instance's session: its key, and the descriptor's name there."""
     shareable: bool = False
+
+    def bound(self, name: str) -> StateBound:
+        """Of one of `states`."""
+        return StateBound(name, self.bounds[self.states.index(name)], name in self.bulk)
 
     @property
     def key(self) -> Key:
@@ -89,6 +100,10 @@ def to_node(unit: int, carried: Carried) -> InstanceNode:
         "khod,sizes": cells.u64s(carried.sizes),
         "khod,states": cells.strings(carried.states),
         "khod,bounds": cells.u64s(carried.bounds),
+        "khod,bulk": cells.strings(carried.bulk),
+        "khod,made": cells.strings(carried.made),
+        "khod,strategy": cells.string(carried.strategy),
+        "khod,continuity": cells.string(carried.continuity),
         "khod,client-states": cells.strings(carried.client_states),
         "khod,shares": cells.strings(flat_shares(carried.shares)),
         "khod,shareable": cells.u32(carried.shareable),
@@ -121,6 +136,10 @@ def from_node(node: InstanceNode) -> Carried:
         sizes=cells.as_u64s(node, "khod,sizes"),
         states=cells.as_strings(node, "khod,states"),
         bounds=cells.as_u64s(node, "khod,bounds"),
+        bulk=cells.as_strings(node, "khod,bulk"),
+        made=cells.as_strings(node, "khod,made"),
+        strategy=_parsed(node, "khod,strategy", Strategy),
+        continuity=_parsed(node, "khod,continuity", Continuity),
         frames=tuple(frames[at : at + DIGEST] for at in range(0, len(frames), DIGEST)),
         sample=Sample(
             cells.as_u64s(node, "khod,sample-frames"),
@@ -175,6 +194,8 @@ def _check(node: InstanceNode, carried: Carried) -> None:
         "khod,bounds": len(carried.bounds) == len(carried.states),
         "khod,fds": len(set(carried.fds)) == len(carried.fds),
         "khod,states": len(set(carried.states)) == len(carried.states),
+        "khod,bulk": set(carried.bulk) <= set(carried.states),
+        "khod,made": not set(carried.made) & set(carried.fds),
         "khod,client-states": carried.states[len(carried.states) - clients :] == carried.client_states,
         "khod,shares": set(carried.shares) <= no_memory,
         "khod,grade": carried.grade is Grade.REGISTERED or not (carried.fds or carried.states),

@@ -75,7 +75,7 @@ class Outgoing:
     def create_states(self, entry: Entry) -> None:
         """The memfds of an instance's states, at their bounds (decision 9)."""
         for bound in entry.bounds:
-            fd = self.machine.files.memfd(f"khod-state-{bound.name}", StateArea.file_size(bound.size))
+            fd = self.machine.files.memfd(f"khod-state-{bound.name}", StateArea.file_size(bound))
             entry.states[bound.name] = StateArea(self.machine.files, fd, bound)
 
     def preserve(self, entry: Entry) -> None:
@@ -211,6 +211,10 @@ class Outgoing:
             sizes=tuple(stat(fd).size for fd in [*part.memory(), *(a.fd for a in areas)]),
             states=tuple(a.bound.name for a in areas),
             bounds=tuple(a.bound.size for a in areas),
+            bulk=tuple(a.bound.name for a in areas if a.bound.bulk),
+            made=entry.declaration.made,
+            strategy=entry.declaration.strategy,
+            continuity=entry.declaration.continuity,
             frames=tuple(part.frames),
             sample=seen,
             content=bytes(DIGEST) if draft else part.content,

@@ -91,6 +91,9 @@ class Entry:
     session: int = -1
     """Its kernel session, owned: outgoing during an update, incoming from restore until finish; -1 for none."""
     session_name: str = ""
+    """Of the outgoing one."""
+    incoming: str = ""
+    """Name of the session that it came through a jump in, until that is finished."""
     grade: Grade = Grade.REGISTERED
     handle: str = ""
     """Unguessable; lets any connection of the owner speak for it."""
@@ -110,6 +113,8 @@ class Entry:
     """CLOCK_REALTIME in nanoseconds when it came into its state."""
     deposits: dict[str, str] = field(default_factory=dict)
     """Under which name each of `fds` is in custody."""
+    keepsake: Mapping[str, bytes] = field(default_factory=dict)
+    """What its driver's thaw has to know; {} outside of an update."""
 
     def __post_init__(self) -> None:
         self.properties = self.properties or dict(self.declaration.properties)
@@ -136,7 +141,9 @@ class Entry:
 
     def view(self, machine: Machine) -> Instance:
         """As its driver sees it."""
-        return Instance(self.name, self.options, machine, dict(self.fds), dict(self.states), dict(self.properties))
+        return Instance(
+            self.name, self.options, machine, dict(self.fds), dict(self.states), dict(self.properties), dict(self.keepsake)
+        )
 
     def close_session(self, machine: Machine) -> None:
         """Close its session and its states. Of an outgoing session that undoes every preserve; an incoming one is still in

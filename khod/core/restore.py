@@ -16,7 +16,7 @@ from khod.core import sample
 from khod.core.alerts import Alert, alert
 from khod.core.blocking import blocking
 from khod.core.book import Book
-from khod.core.driver import Declaration, Drivers, Preserve, Request, StateArea, StateBound
+from khod.core.driver import Declaration, Drivers, Preserve, Request, StateArea
 from khod.core.incoming import Incoming
 from khod.core.learning import FramesDigest, windows
 from khod.core.node import Carried
@@ -83,7 +83,6 @@ class Restorer:
 
     def _entry(self, carried: Carried) -> Entry:
         driver = None if carried.grade is Grade.OPAQUE else self.drivers.for_compatible(carried.compatible)
-        bounds = dict(zip(carried.states, carried.bounds, strict=True))
         return Entry(
             name=carried.name,
             driver=driver,
@@ -94,10 +93,10 @@ class Restorer:
             options=carried.options,
             declaration=Declaration(carried.compatible, (), properties=carried.properties, size=sum(carried.sizes)),
             fds={},
-            session_name=carried.session,
+            incoming=carried.session,
             grade=carried.grade,
             lifetime=carried.lifetime,
-            client_states=tuple(StateBound(name, bounds[name]) for name in carried.client_states),
+            client_states=tuple(carried.bound(name) for name in carried.client_states),
             shares=dict(carried.shares),
             shareable=carried.shareable,
         )
@@ -151,7 +150,13 @@ class Restorer:
             return
         if unsound := [others[key].label for key in entry.needs if key in others and not others[key].state.sound]:
             raise FormatError(f"{entry.label}: requires {', '.join(unsound)}, which did not come through sound")
-        await entry.driver.restore(entry.view(self.machine))
+        if page is None or page.state is InstanceState.WAITING:
+            made = await entry.driver.restore(entry.view(self.machine))
+        else:  # what it made is in its owner's hands: it is in custody, and not made twice
+            made = {name: await blocking(self.machine.custody.take, page.deposits[name]) for name in carried.made}
+        entry.fds.update(made)
+        if missing := sorted(set(carried.made) ^ set(made)):
+            raise FormatError(f"{entry.label}: its driver made {sorted(made)} anew, and not {missing}")
         entry.declaration = await entry.driver.declare(self.machine, Request(entry.name, dict(entry.fds), entry.options))
         entry.properties = dict(entry.declaration.properties)
         entry.state = InstanceState.RESTORED
@@ -179,8 +184,7 @@ class Restorer:
             if token < len(carried.fds):
                 entry.fds[name] = fd
             else:
-                bound = StateBound(name, carried.bounds[token - len(carried.fds)])
-                entry.states[name] = StateArea(machine.files, fd, bound)
+                entry.states[name] = StateArea(machine.files, fd, carried.bound(name))
         entry.declaration = Declaration(
             carried.compatible,
             tuple(Preserve(name, fd) for name, fd in entry.fds.items()),

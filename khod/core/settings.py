@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from khod.core.driver import Continuity
 from khod.folio.units import DEFAULT_MAX_ORDER
 
 
@@ -33,6 +34,8 @@ class Settings:
     """For reading bytes of sampled pages while everything stands still: of all instances together."""
     full: bool = False
     """Hash every byte of every instance while frozen, and compare before anything is handed out."""
+    require: Continuity = Continuity.RESET
+    """The least that every instance must be given; an update that cannot is refused."""
     jump: str = "direct"
     """Who jumps: khod itself, or, 'systemd', PID 1 (decision 17)."""
     orphans_after: float = 3600.0

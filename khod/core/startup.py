@@ -98,6 +98,7 @@ class Startup:
             try:
                 async with asyncio.timeout(self.settings.freezing):
                     await entry.driver.thaw(entry.view(self.machine))
+                entry.keepsake = {}
             except (KhodError, TimeoutError) as error:
                 self.problems.append(f"{entry.label}: its driver could not thaw it: {str(error) or 'no end in time'}")
 
@@ -218,6 +219,8 @@ class Startup:
         else:
             entry.handle = new_handle()
             entry.since = self.machine.clock.stamp().realtime
+        if entry.declaration.made:  # nothing else has them, and they are not made twice
+            await blocking(self.book.deposit, entry)
         await blocking(self.book.put, entry)
 
     async def _take_custody(self, restorer: Restorer, incoming: Incoming, others: Mapping[Key, Entry]) -> State:

@@ -124,7 +124,9 @@ class PreserveInstances(Step):
             return
         assert entry.driver is not None
         update.to_thaw.add(entry)
-        await entry.driver.prepare(entry.view(update.machine))
+        if keepsake := await entry.driver.prepare(entry.view(update.machine)):
+            entry.keepsake = keepsake
+            await blocking(update.book.put, entry)
         await blocking(update.outgoing.create_states, entry)
         await blocking(update.outgoing.preserve, entry)
         entry.state = InstanceState.PRESERVED

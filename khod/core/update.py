@@ -16,6 +16,7 @@ from typing import Any
 
 from khod.core.alerts import OF_STATE, Alert, alert
 from khod.core.blocking import blocking, opening
+from khod.core.book import Book
 from khod.core.broker import Broker
 from khod.core.events import Broadcast
 from khod.core.journal import Journal
@@ -57,6 +58,7 @@ class Update:
         events: Broadcast,
         entries: Sequence[Entry],
         broker: Broker,
+        book: Book,
         image: Image | None,
         hold_at: State | None = None,
         jump: str = "direct",
@@ -68,7 +70,7 @@ class Update:
         self._came_back = asyncio.Event()
         self._why_back = ""
         self.id, self.machine, self.settings, self.boot = ident, machine, settings, boot
-        self.broker = broker
+        self.broker, self.book = broker, book
         self.image, self.hold_at, self.jump = image, hold_at, jump
         self.state = State.IDLE
         self.held = False
@@ -291,6 +293,7 @@ class Update:
                 async with asyncio.timeout(self.settings.freezing):
                     await entry.driver.thaw(entry.view(self.machine))
                 self.to_thaw.discard(entry)
+                entry.keepsake = {}
             except TimeoutError:
                 self.problem(f"instance {entry.label}: its driver did not thaw it within {self.settings.freezing:g} s")
             except KhodError as error:

@@ -75,6 +75,10 @@ class InstanceView:
     """Nobody has claimed it for longer than `orphans_after`."""
     attended: bool = False
     """A client answers for it, or must."""
+    strategy: str = "native"
+    """'native': the kernel preserves it; 'carried': it is copied, and made anew."""
+    continuity: str = "preserved"
+    """'preserved', 'rebuilt' or 'reset': what its owner finds after a jump."""
 
 
 @dataclass(frozen=True, kw_only=True)

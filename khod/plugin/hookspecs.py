@@ -51,8 +51,12 @@ def khod_check(instance: Instance) -> Sequence[str]:  # type: ignore[empty-body]
 
 
 @hookspec
-def khod_prepare(instance: Instance) -> None:
-    """Get ready while the workload runs, before the descriptors are preserved; instances it requires are prepared."""
+def khod_prepare(instance: Instance) -> Mapping[str, bytes] | None:
+    """Get ready while the workload runs, before the descriptors are preserved; instances it requires are prepared.
+
+    Returns what thaw has to know: a khod that is started after this one was killed gives it back in `Instance.keepsake`. What
+    freeze will change and thaw must set back belongs there, for the memory of this process may be gone by then.
+    """
 
 
 @hookspec
@@ -66,7 +70,8 @@ def khod_freeze(instance: Instance) -> Mapping[str, bytes] | None:
 
 @hookspec
 def khod_thaw(instance: Instance) -> None:
-    """Undo prepare and freeze after a failure or an abort. Called whichever of them ran, and when one failed half-way.
+    """Undo prepare and freeze after a failure or an abort. Called whichever of them ran, and when one failed half-way; also by
+    a khod whose predecessor was killed meanwhile, for an instance that may not even have been prepared.
 
     What it raises is reported and stops nobody else's thaw.
     """
@@ -78,10 +83,12 @@ def khod_describe(instance: Instance) -> Mapping[str, str]:  # type: ignore[empt
 
 
 @hookspec
-def khod_restore(instance: Instance) -> None:
+def khod_restore(instance: Instance) -> Mapping[str, int] | None:
     """Make it whole in the new kernel: all descriptors are retrieved, its sample of frames and bytes is verified.
 
-    Instances that it requires are restored already. Raising marks it damaged: it is kept, and not handed out.
+    Instances that it requires are restored already. Called once for each jump, and not again when khod is restarted. Returns
+    the descriptors that are made anew, by the names in `Declaration.made`; they are khod's from then on. Raising marks it
+    damaged: it is kept, and not handed out.
     """
 
 

@@ -66,9 +66,9 @@ class PluginDriver:
         """See hookspecs.khod_check."""
         return await self._call("khod_check", Sequence, instance=instance) or ()
 
-    async def prepare(self, instance: Instance) -> None:
+    async def prepare(self, instance: Instance) -> Mapping[str, bytes]:
         """See hookspecs.khod_prepare."""
-        await self._call("khod_prepare", None, instance=instance)
+        return await self._call("khod_prepare", Mapping, instance=instance) or {}
 
     async def freeze(self, instance: Instance) -> Mapping[str, bytes]:
         """See hookspecs.khod_freeze."""
@@ -90,9 +90,9 @@ class PluginDriver:
         """See hookspecs.khod_describe."""
         return await self._call("khod_describe", Mapping, instance=instance) or {}
 
-    async def restore(self, instance: Instance) -> None:
+    async def restore(self, instance: Instance) -> Mapping[str, int]:
         """See hookspecs.khod_restore."""
-        await self._call("khod_restore", None, instance=instance)
+        return await self._call("khod_restore", Mapping, instance=instance) or {}
 
     async def finish(self, instance: Instance) -> None:
         """See hookspecs.khod_finish."""

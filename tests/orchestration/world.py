@@ -192,7 +192,7 @@ class World:
         self.image = directory / "bzImage"
         self.image.write_bytes(build())
         self.settings = settings
-        self.plugins: list[Recorder] = []
+        self.plugins: list[Any] = []
         self.watch: Watch = lambda pid: None
         self.boot()
 

@@ -26,6 +26,9 @@ def checks(seen: Situation) -> Iterator[Check]:
             yield warning(f"opaque:{instance.label}", evidence, "have its owner register what is in it")
         if instance.deserted:
             yield _deserted(instance)
+        if not instance.continuity.meets(seen.require):
+            evidence = f"{instance.label} will be {instance.continuity}, and `require` is {seen.require}"
+            yield blocker(f"continuity:{instance.label}", evidence, "register it otherwise, or lower `require`")
     for unit, command in seen.stops.items():
         # Decision 17: it would be stopped while what it holds travels.
         evidence = f"{unit} runs {command!r} when systemd stops the host for a jump, and an instance is its"

@@ -11,6 +11,7 @@ from khod.abi.fleet import Fleet
 from khod.core import images
 from khod.core.blocking import blocking
 from khod.core.callers import Kind
+from khod.core.driver import Continuity
 from khod.core.need import Need, reckon
 from khod.core.ports import Image, KernelFacts, Machine, MemoryFigures
 from khod.core.registry import Entry, Grade, Key
@@ -61,6 +62,8 @@ class Instance:
     """Whether an update fails without it."""
     deserted: bool = False
     """Its client has to answer, and is not there."""
+    continuity: Continuity = Continuity.PRESERVED
+    """What an update gives it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,8 @@ class Situation:
     fleet_problem: str
     """Why that cannot be read."""
     target: Target | None
+    require: Continuity = Continuity.RESET
+    """The least that every instance must be given."""
 
     @property
     def options(self) -> cmdline.CommandLine:
@@ -141,6 +146,7 @@ class Surveyor:
             fleet=fleet,
             fleet_problem=problem,
             target=self._target(image) if image else None,
+            require=self._settings.require,
         )
 
     async def _instance(self, entry: Entry, there: Collection[Key], deserted: bool) -> Instance:
@@ -153,6 +159,7 @@ class Surveyor:
             opaque=opaque,
             required=entry.required,
             deserted=deserted,
+            continuity=entry.declaration.continuity,
         )
 
     async def _objections(self, entry: Entry) -> list[str]:
@@ -213,7 +220,7 @@ def read(image: Image) -> Target:
 
 def _unfinished(entry: Entry) -> bool:
     """Whether it is a session that its owner filled before the last jump, and is not through with."""
-    return entry.grade is Grade.OPAQUE and bool(entry.session_name)
+    return entry.grade is Grade.OPAQUE and bool(entry.incoming)
 
 
 def _retrieved(machine: Machine, entries: Sequence[Entry]) -> tuple[int, int]:

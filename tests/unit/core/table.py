@@ -45,7 +45,7 @@ class Thing:
     owner: Owner
     state: InstanceState = InstanceState.REGISTERED
     attended: bool = False
-    session_name: str = ""
+    incoming: str = ""
 
     @property
     def label(self) -> str:

@@ -84,8 +84,8 @@ def test_what_came_through_a_jump_is_told_to_who_subscribes_to_it() -> None:
         things = table.add("a", "b", "c", "d", "e")
         s = InstanceState
         for thing, state in zip(things, (s.REGISTERED, s.RESTORED, s.CLAIMED, s.DAMAGED, s.CLAIMED), strict=True):
-            thing.state, thing.session_name = state, "khod.1"
-        things[-1].session_name = ""  # it is finished
+            thing.state, thing.incoming = state, "khod.1"
+        things[-1].incoming = ""  # it is finished
         table.state, table.update = State.RESTORED, UPDATE
         stream = table.broker.subscribe(caller(), [t.handle for t in things])
         view = await hears(stream, "subscribed", "restored")

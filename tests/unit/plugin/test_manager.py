@@ -150,11 +150,13 @@ class TestCalls:
     @pytest.mark.parametrize(
         ("declared", "said"),
         [
-            (Declaration("test,other-v1", ()), "declares 'test,other-v1' and writes 'test,plain-v1'"),
+            (Declaration("test,other-v1", (), made=("ram",)), "declares 'test,other-v1' and writes 'test,plain-v1'"),
             (Declaration("test,plain-v1", (Preserve("ram", 9),)), r"descriptors \[9\] that were not in the request"),
             (Declaration("test,plain-v1", (), (StateBound("a", 1), StateBound("a", 1))), "of one name"),
             (Declaration("test,plain-v1", (), (StateBound("a", -1),)), "negative size"),
             (Declaration("test,plain-v1", (), properties={"khod,owner": b""}), "belong to khod"),
+            (Declaration("test,plain-v1", ()), r"\['ram'\] that are neither preserved nor made anew"),
+            (Declaration("test,plain-v1", (Preserve("ram", 3),), made=("ram",)), r"\['ram'\] .* or both"),
         ],
     )
     def test_a_declaration_is_held_to_its_contract(self, declared: Declaration, said: str) -> None:
@@ -187,7 +189,7 @@ class TestCalls:
 
         def khod_declare(request: Request) -> Declaration:
             seen.append(request)
-            return Declaration("test,plain-v1", ())
+            return Declaration("test,plain-v1", (), made=("ram",))
 
         asyncio.run(driver(khod_declare=khod_declare).declare(MACHINE, REQUEST))
         assert seen == [REQUEST]

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Drivers that carry what the kernel does not preserve: bulk copies, descriptors made anew, what is promised and demanded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from khod.core.driver import Continuity, Strategy
+from khod.core.state import State
+from khod.errors import Refused
+from khod.plugin import Declaration, Instance, Request, StateBound, hookimpl
+from khod.simulated import ProcessDied
+from tests.orchestration.world import ME, MIB, QUICK, World
+
+SIZE = MIB
+
+
+class Carrier:
+    """Copies a file that the kernel does not preserve, and makes another of it."""
+
+    name = "carrier"
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.made: int = 0
+
+    @hookimpl
+    def khod_compatible(self) -> str:
+        return "test,carrier-v1"
+
+    @hookimpl
+    def khod_declare(self, request: Request) -> Declaration:
+        return Declaration(
+            "test,carrier-v1",
+            (),
+            states=(StateBound("copy", SIZE, bulk=True),),
+            size=SIZE,
+            made=tuple(request.fds),
+            strategy=Strategy.CARRIED,
+            continuity=Continuity.REBUILT,
+        )
+
+    @hookimpl
+    def khod_prepare(self, instance: Instance) -> Mapping[str, bytes]:
+        self.log.append("prepare")
+        return {"command": b"\x07"}
+
+    @hookimpl
+    def khod_freeze(self, instance: Instance) -> Mapping[str, bytes]:
+        self.log.append("freeze")
+        files = instance.machine.files
+        files.write(instance.states["copy"].fd, 0, files.read(instance.fds["memory"], 0, SIZE))
+        return {}
+
+    @hookimpl
+    def khod_thaw(self, instance: Instance) -> None:
+        self.log.append(f"thaw {dict(instance.keepsake)}")
+
+    @hookimpl
+    def khod_restore(self, instance: Instance) -> Mapping[str, int]:
+        files = instance.machine.files
+        fd = files.memfd("anew", SIZE)
+        files.write(fd, 0, files.read(instance.states["copy"].fd, 0, SIZE))
+        self.made += 1
+        return {"memory": fd}
+
+
+async def carried(world: World, carrier: Carrier) -> int:
+    """khod, and an instance whose file cannot be preserved; the workload's descriptor."""
+    world.plugins = [carrier]
+    await world.khod()
+    fd = world.memory(SIZE)
+    await world.register("vm-1", fd, "carrier")
+    return fd
+
+
+def test_what_is_carried_is_made_anew_once_with_every_byte(world: World) -> None:
+    async def scenario() -> None:
+        carrier = Carrier()
+        fd = await carried(world, carrier)
+        task = await world.held(State.PREPARED)
+        world.workload.write(fd, SIZE - 4, b"last")  # the copy is taken when everything stands still
+        await world.host.proceed()
+        await asyncio.wait([task])
+        world.boot()
+        host = await world.khod()
+        (view,) = await host.instances()
+        assert (view.state, view.strategy, view.continuity) == ("restored", "carried", "rebuilt"), view.problem
+        process, mine = await world.claimed("vm-1")
+        assert process.read(mine, SIZE - 4, 4) == b"last"
+        process.write(mine, 0, b"runs on")
+        world.kill(world.process)
+        host = await world.khod()
+        assert carrier.made == 1, "a restart of khod makes nothing twice"
+        process, mine = await world.claimed("vm-1")
+        assert process.read(mine, 0, 7) == b"runs on"
+        await host.finish()
+        assert (await world.jump()).state is State.RESTORED
+        process, mine = await world.claimed("vm-1")
+        assert process.read(mine, 0, 7) == b"runs on"
+
+    asyncio.run(scenario())
+
+
+def test_what_thaw_has_to_know_outlives_the_khod_that_froze(world: World) -> None:
+    async def scenario() -> None:
+        carrier = Carrier()
+        await carried(world, carrier)
+        world.kernel.faults.die("execute")
+        with pytest.raises(ProcessDied):
+            await world.update()
+        host = await world.khod()
+        assert not host.problems
+        assert carrier.log == ["prepare", "freeze", "thaw {'command': b'\\x07'}"]
+
+    asyncio.run(scenario())
+
+
+def test_a_copy_that_does_not_fit_is_refused_before_anything_is_frozen(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        carrier = Carrier()
+        world = World(tmp_path, memory=64 * MIB)
+        await carried(world, carrier)
+        free = world.host.machine.memory.figures()
+        world.settings = replace(QUICK, reserve=free.available - free.cma_free - SIZE // 2)
+        world.kill(world.process)
+        await world.khod()
+        with pytest.raises(Refused, match=f"states {SIZE}"):
+            await world.update()
+        assert carrier.log == []
+
+    asyncio.run(scenario())
+
+
+def test_a_continuity_that_is_required_and_cannot_be_given_refuses_the_update(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        carrier = Carrier()
+        world = World(tmp_path, settings=replace(QUICK, require=Continuity.PRESERVED))
+        await carried(world, carrier)
+        with pytest.raises(Refused, match=r"continuity:vm-1: vm-1 will be rebuilt, and `require` is preserved"):
+            await world.update()
+        assert carrier.log == []
+        await world.host.unregister(ME, "vm-1")
+        await world.register("vm-2", world.memory())
+        assert (await world.jump()).state is State.RESTORED
+
+    asyncio.run(scenario())
+
+
+def test_a_driver_that_makes_less_than_it_said_has_damaged_it(world: World) -> None:
+    class Careless(Carrier):
+        @hookimpl
+        def khod_restore(self, instance: Instance) -> Mapping[str, int]:
+            return {}
+
+    async def scenario() -> None:
+        await carried(world, Careless())
+        host = await world.jump()
+        (view,) = await host.instances()
+        assert view.state == "damaged"
+        assert "memory" in view.problem
+
+    asyncio.run(scenario())
