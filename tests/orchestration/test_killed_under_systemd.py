@@ -108,6 +108,7 @@ def places(calls: list[str]) -> Iterator[tuple[int, bool]]:
     [
         (departing, (CALLER,)),
         (departing, (FIRST, SECOND)),
+        (departing, (CALLER, FIRST, SECOND)),
         (arriving, (FIRST, SECOND)),
         (arriving, (CALLER, FIRST, SECOND)),
     ],
@@ -115,6 +116,8 @@ def places(calls: list[str]) -> Iterator[tuple[int, bool]]:
 def test_nothing_is_lost(tmp_path: Path, phase: Phase, victims: tuple[str, ...]) -> None:
     calls = asyncio.run(phase(tmp_path / "0", lambda world: None))
     assert len(calls) > 20
+    if phase is departing and len(victims) == 3:
+        calls = calls[: calls.index("offer")]
     for nth, after in places(calls):
 
         def kill(world: World, nth: int = nth, after: bool = after) -> None:
