@@ -150,10 +150,14 @@ class Participant:
         self._call(lambda line: line.finished(handle))
 
     def unregister(self, name: str) -> None:
-        """Let khod forget it."""
-        handle = self._own(name).handle
-        self._call(lambda line: line.unregister(handle=handle))
-        del self._instances[name]
+        """Let khod forget it. Refused during an update."""
+        mine = self._own(name)
+        del self._instances[name]  # before: with the last one the subscription ends, which is no loss then
+        try:
+            self._call(lambda line: line.unregister(handle=mine.handle))
+        except (Refused, InvalidRequest):
+            self._instances[name] = mine
+            raise
 
     def close(self) -> None:
         """Hang up, and wait for the call to the workload that is under way; instances of lifetime 'connection' end with it.
