@@ -26,6 +26,7 @@ class Heard:
     parameters: dict[str, Any]
     fds: list[int]
     line: Line
+    answered: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(eq=False)
@@ -107,11 +108,12 @@ class ScriptedKhod:
         self.plan(method, refusal)
 
     def next(self, *methods: str) -> Heard:
-        """Wait for the next call, which must be one of these."""
+        """Wait for the next call, which must be one of these, and for the end of its answer."""
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.heard) > self._taken, DEADLINE), f"no {methods} came"
             heard = self.heard[self._taken]
             self._taken += 1
+        assert heard.answered.wait(DEADLINE)
         assert heard.method in methods, heard
         return heard
 
@@ -144,7 +146,11 @@ class ScriptedKhod:
                 call = json.loads(message)
                 heard = Heard(call["method"].removeprefix("org.khod.Host."), call.get("parameters", {}), fds, line)
                 fds = []
+                with self._changed:  # in the order in which they came, on whatever connection
+                    self.heard.append(heard)
+                    self._changed.notify_all()
                 self._answer(heard)
+                heard.answered.set()
         except (ConnectionResetError, BrokenPipeError):
             return
         finally:
@@ -159,9 +165,6 @@ class ScriptedKhod:
             heard.line.say(message, fds)
             for fd in fds:
                 os.close(fd)
-        with self._changed:
-            self.heard.append(heard)
-            self._changed.notify_all()
 
     # --- the defaults
 

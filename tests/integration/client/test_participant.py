@@ -253,10 +253,12 @@ def test_an_update_from_preparing_to_executing(khod: ScriptedKhod, guest: Guest)
         notice = guest.expect("preparing")
         assert (notice.update, notice.instances) == ("u1", ("vm1",)) and 0 < notice.left <= 30
         leased = ready(khod, "preparing").line
+        before = open_descriptors()
         news.tell("quiesce", "u1", handles=["h1"], deadline=10.0)
         assert khod.next("GetStates").parameters == {"handle": "h1"}
         assert guest.expect("quiesce").states["vm1"]["vcpus"].room == khod.state_size - 8
         assert ready(khod, "quiesce").line is leased
+        assert len(open_descriptors()) == len(before) + 1  # what this khod keeps of it
         assert os.pread(khod.state_files["vcpus"], 17, 0) == (9).to_bytes(8, "little") + b"registers"
         news.tell("commit", "u1", handles=["h1"], deadline=5.0)
         guest.expect("commit")
