@@ -74,7 +74,7 @@ async def serve(configuration: config.Config, notifier: Notifier) -> int:
     passed = inherited(configuration.socket)
     listener = passed or listen(configuration.socket, everybody=bool(configuration.policy))
     extra = configuration.luo_agent
-    luod = listen(extra.socket, everybody=bool(configuration.policy)) if extra.enabled else None
+    luod = listen(extra.socket, everybody=bool(configuration.policy), rival="luod") if extra.enabled else None
     if reason := trouble(place):
         alert(logger, Alert.NO_JOURNAL, "%s", reason)
     answerable = Answerable()

@@ -24,20 +24,20 @@ FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
 
 
-def listen(path: Path, *, everybody: bool = False) -> socket.socket:
+def listen(path: Path, *, everybody: bool = False, rival: str = "another khod") -> socket.socket:
     """A socket that listens at `path`, for its owner alone (0600) from the first moment that it can be connected to; with
     `everybody` (0666) whoever connects is told apart by the policy.
 
-    A socket that nobody answers on is replaced; the directory is made if it is missing.
+    A socket that nobody answers on is replaced; the directory is made if it is missing. `rival` is who may be there already.
     """
     if _answers(path):
-        raise Refused(f"somebody answers at {path} already", hint="is another khod running?")
+        raise Refused(f"somebody answers at {path} already", hint=f"is {rival} running?")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     # Bound under a name of its own and renamed when it is ready: its mode never depends on the umask, which is not ours
     # to change in a process with threads.
     making = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _make(path.parent)
         making.unlink(missing_ok=True)
         sock.bind(str(making))
         making.chmod(0o666 if everybody else 0o600)
@@ -51,6 +51,15 @@ def listen(path: Path, *, everybody: bool = False) -> socket.socket:
             raise InvalidRequest(f"cannot listen at {path}: {error}", hint="choose a shorter path for the socket")
         raise MachineError(f"cannot listen at {path}", errno=error.errno)
     return sock
+
+
+def _make(directory: Path) -> None:
+    """With mode 0755, which a umask does not change; one that is there stays as it is."""
+    try:
+        directory.mkdir(parents=True)
+    except FileExistsError:
+        return
+    directory.chmod(0o755)
 
 
 def inherited(path: Path) -> socket.socket | None:

@@ -27,6 +27,7 @@ from typing import Any
 
 from khod.api import peers
 from khod.api.audit import Audit
+from khod.api.crowd import Crowd
 from khod.api.descriptors import Bridge
 from khod.api.lines import Lines
 from khod.api.listening import ACCEPT_PAUSE, SHORT_OF, listen
@@ -86,8 +87,7 @@ class Listener:
         self._processes = processes or Processes(self._loop)
         self._watched_by_others = processes is not None
         self._databases = ThreadPoolExecutor(max_workers=1, thread_name_prefix="khod-luod-peers")
-        self._looking = asyncio.Lock()
-        self._users: dict[int, int] = {}
+        self._crowds: dict[int, Crowd] = {}
         self._connections: set[asyncio.Task[None]] = set()
         self._accepting = self._loop.create_task(self._accept())
 
@@ -120,32 +120,33 @@ class Listener:
                 await asyncio.sleep(ACCEPT_PAUSE)  # it stays in the backlog
                 continue
             uid = peers.credentials(sock).uid
-            theirs = self._users.get(uid, 0)
-            full = len(self._connections) >= MAX_CONNECTIONS or theirs >= MAX_CONNECTIONS_PER_USER
+            crowd = self._crowds.get(uid) or Crowd()
+            full = len(self._connections) >= MAX_CONNECTIONS or crowd.connections >= MAX_CONNECTIONS_PER_USER
             if full and uid not in (0, os.geteuid()):
-                logger.warning("a connection of user %d was refused: %d of its are open", uid, theirs)
+                logger.warning("a connection of user %d was refused: %d of its are open", uid, crowd.connections)
                 sock.close()
                 continue
-            self._users[uid] = theirs + 1
-            task = self._loop.create_task(self._serve(sock, uid))
+            self._crowds[uid] = crowd
+            crowd.connections += 1
+            task = self._loop.create_task(self._serve(sock, uid, crowd))
             self._connections.add(task)
             task.add_done_callback(self._connections.discard)
 
-    async def _serve(self, sock: socket.socket, uid: int) -> None:
+    async def _serve(self, sock: socket.socket, uid: int, crowd: Crowd) -> None:
         try:
             lines = await Lines.over(sock)
             try:
-                await self._meet(sock, lines)
+                await self._meet(sock, lines, crowd)
             finally:
                 await lines.aclose()
         except Exception:
             logger.exception("a client of luo-agent's protocol cannot be served")
         finally:
-            self._users[uid] -= 1
-            if not self._users[uid]:
-                del self._users[uid]
+            crowd.connections -= 1
+            if not crowd.connections and self._crowds.get(uid) is crowd:
+                del self._crowds[uid]
 
-    async def _meet(self, sock: socket.socket, lines: Lines) -> None:
+    async def _meet(self, sock: socket.socket, lines: Lines, crowd: Crowd) -> None:
         """Find out who it is, and talk to him."""
         finding = self._loop.run_in_executor(self._databases, find, sock.dup(), self._rules)
         try:
@@ -164,7 +165,7 @@ class Listener:
                 lines.send(_error(found.refusal))
                 return
             caller = Caller(owner=found.owner, rights=found.granted, pid=found.peer.pid, connection=connection, process=process)
-            talk = Conversation(self._service, self._files, caller, lines, self._audit, self._looking)
+            talk = Conversation(self._service, self._files, caller, lines, self._audit, crowd)
             await talk.run(self._limits.idle)
         except asyncio.CancelledError:
             ended = False  # khod ends, which is not the client's end
@@ -182,12 +183,9 @@ _LEFT = ("opaque", "registered", Lifetime.CONNECTION, NOBODY_YET)
 class Conversation:
     """One client, on one connection."""
 
-    def __init__(
-        self, service: Service, files: Bridge, caller: Caller, lines: Lines, audit: Audit, looking: asyncio.Lock
-    ) -> None:
+    def __init__(self, service: Service, files: Bridge, caller: Caller, lines: Lines, audit: Audit, crowd: Crowd) -> None:
         self._service, self._files, self._caller, self._lines, self._audit = service, files, caller, lines, audit
-        self._looking = looking
-        """Looking through all instances takes time: one client at a time does."""
+        self._crowd = crowd
         self._name, self._handle = "", ""
         """What this connection subscribed to."""
         self._claimed: dict[str, str] = {}
@@ -210,6 +208,7 @@ class Conversation:
                     self._lines.send(_error(error))
                     if isinstance(error, _Nonsense):
                         return
+                    await self._crowd.refuse()
         finally:
             if self._following is not None:
                 self._following.cancel()
@@ -277,7 +276,7 @@ class Conversation:
         return (await self._service.register_opaque(self._caller, name, Lifetime.CONNECTION)).handle
 
     async def _mine(self, name: str) -> InstanceView | None:
-        async with self._looking:
+        async with self._crowd.looking():
             instances = await self._service.instances()
         return next((i for i in instances if i.name == name and i.owner == str(self._caller.owner)), None)
 

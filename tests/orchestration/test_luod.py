@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from khod.api import luod
+from khod.api import crowd, luod
 from khod.api.lines import MAX_LINE
 from khod.config import Limits, Rule
 from khod.core.registry import Grade
@@ -384,7 +384,9 @@ def test_descriptors_that_a_client_sends_never_arrive(world: World, tmp_path: Pa
     run(world, tmp_path, test)
 
 
-def test_a_peer_who_does_not_read_is_hung_up_on(world: World, tmp_path: Path) -> None:
+def test_a_peer_who_does_not_read_is_hung_up_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crowd, "REFUSAL", 0)  # many answers, soon
+
     async def test(here: Luod) -> None:
         client = here.client()
         client.sock.setblocking(False)
@@ -400,6 +402,20 @@ def test_a_peer_who_does_not_read_is_hung_up_on(world: World, tmp_path: Path) ->
                     break
                 await asyncio.sleep(0)
         await here.until(lambda: here.listener.connections == 0)
+
+    run(world, tmp_path, test)
+
+
+def test_refusals_take_their_time(world: World, tmp_path: Path) -> None:
+    async def test(here: Luod) -> None:
+        one, other = here.client(), here.client()
+        begun = asyncio.get_running_loop().time()
+        for client in (one, other):
+            await client.pour(b'{"cmd": "FLY"}\n' * 10)
+        for client in (one, other):
+            for _ in range(10):
+                await client.refused("no such cmd")
+        assert asyncio.get_running_loop().time() - begun >= 18 * crowd.REFUSAL  # of one user, one after another
 
     run(world, tmp_path, test)
 

@@ -113,6 +113,19 @@ def test_clients_of_luo_agent_are_served_where_that_is_asked_for_and_nowhere_els
         assert not luod.exists()
 
 
+def test_a_luod_that_is_there_already_stops_it(place: Path) -> None:
+    luod = place / "luod.sock"
+    (place / "khod.yaml").write_text(
+        f"socket: {place}/khod.sock\nmachine: simulated:{place}/machine\nluo_agent: {{enabled: true, socket: {luod}}}\n"
+    )
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(luod))
+        other.listen(1)
+        with Daemon(place) as khod:
+            status, said = khod.ended()
+    assert (status, f"somebody answers at {luod}" in said, "is luod running?" in said) == (3, True, True), said
+
+
 def test_a_second_khod_on_the_same_state_touches_nothing(place: Path) -> None:
     with Daemon(place) as first:
         first.hear("READY=1")
