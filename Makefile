@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # Every target sets up what it needs and says so. `make help` lists them.
 .DELETE_ON_ERROR:
-.PHONY: help setup install uninstall lab-kernel lab-image lab-shell demo test test-fast test-full check bench bench-vm clean
+.PHONY: help setup install uninstall lab-kernel lab-image lab-shell demo test test-fast test-full check bench bench-vm bench-host clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -81,6 +81,12 @@ bench-vm: $(VENV)/.stamp ## the blackout of 64 MiB across real kexecs, khod's an
 	@$(APT) gcc libc6-dev $(APT_VM)
 	@$(PYTHON) tests/vm/kernel.py >/dev/null
 	$(BIN)/python -m bench.vm
+
+bench-host: $(VENV)/.stamp ## the blackout of 256 MiB across jumps of a host with an init, by khod and by systemd alone
+	@$(APT) $(APT_VM)
+	@$(PYTHON) tests/vm/kernel.py >/dev/null
+	@$(AS_ROOT) $(BIN)/python -m tests.vm.image >/dev/null
+	$(AS_ROOT) $(BIN)/python -m bench.jumps
 
 clean: ## remove what was built here (the lab's cache stays)
 	rm -rf $(VENV) build dist khod.egg-info bench/out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,32 +5,16 @@ from __future__ import annotations
 
 import pytest
 
-from tests.vm.host import KERNEL, PROGRAMS, Host
-from tests.vm.tsc import host_tsc_khz
+from tests.vm.host import Host
+from tests.vm.jumps import jump
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
-
-KEEPER = f"""
-[Unit]
-DefaultDependencies=no
-After=khod-lab.socket
-Before=shutdown.target
-Conflicts=shutdown.target
-[Service]
-Type=notify
-WorkingDirectory={PROGRAMS}
-ExecStart=/usr/bin/python3 -m tests.vm.programs.keeper {{size}}
-FileDescriptorStoreMax=8
-FileDescriptorStorePreserve=yes
-[Install]
-WantedBy=sysinit.target
-"""
 
 
 def test_a_host_boots_with_khod_and_its_units_are_right(boot: type[Host]) -> None:
     with boot(cold=True) as host:
         host.booted()
-        assert host.run("systemctl", "is-active", "khod.service").out == "active\n"
+        assert host.run("systemctl", "is-active", "khod.service", "khod-custodian.service").out == "active\nactive\n"
         assert "state        idle" in host.run("khoctl", "status").out
         units = host.run("sh", "-c", "cd /usr/lib/systemd/system && ls | grep ^khod").out.split()
         assert "khod.service" in units
@@ -41,14 +25,20 @@ def test_a_host_boots_with_khod_and_its_units_are_right(boot: type[Host]) -> Non
         assert int(systemd) >= 261, "live updates by the init are there since 261"
 
 
+@pytest.mark.full  # the measure of khod's, and no code of khod's
 def test_systemds_own_store_carries_memory_through_a_jump(boot: type[Host]) -> None:
     with boot() as host:
-        host.programs("keeper", "load")
-        host.unit("keeper.service", KEEPER.format(size=256 << 20))
-        host.program("load", KERNEL)
-        host.jump("systemctl", "kexec")
-        held = host.record("held").facts
+        assert 2 < jump(host, "systemd alone").whole < 100
+
+
+@pytest.mark.parametrize("way", ["direct", "systemd"])
+def test_a_clients_memory_comes_through(boot: type[Host], way: str) -> None:
+    with boot() as host:
+        assert 2 < jump(host, f"khod {way}").whole < 100
         host.booted()
-    assert held["equal"]
-    blackout = (held["held"] - held["last"]) / host_tsc_khz() / 1000
-    assert 2 < blackout < 100
+        assert "restored" in host.run("khoctl", "history").out
+        status = host.run("khoctl", "status").out
+        assert "state        idle" in status, status
+        assert not host.run("journalctl", "-q", "-b", "-p", "warning", "-u", "khod*").out
+        # The init found the device free, before us and after us.
+        assert "liveupdate" not in host.run("journalctl", "-q", "-b", "-p", "warning", "_PID=1").out
