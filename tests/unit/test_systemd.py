@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from khod.kernel.facts import CAPABILITIES
 from tests.unit.test_house import ROOT, run, tool
 
 UNITS = ROOT / "systemd"
@@ -57,6 +58,11 @@ def test_systemd_understands_every_line(tmp_path: Path) -> None:
 def test_khod_is_found_wherever_it_was_installed() -> None:
     """pip and `make install` know /usr and /usr/local; systemd looks into both for a program without a path."""
     assert "\nExecStart=khod\n" in (UNITS / "khod.service").read_text()
+
+
+def test_the_unit_grants_what_the_preflight_asks_for() -> None:
+    granted = re.findall(r"^CapabilityBoundingSet=(.*)$", (UNITS / "khod.service").read_text(), re.M)
+    assert set(CAPABILITIES) <= set(granted[0].split())
 
 
 def test_nothing_that_is_ordered_after_the_target_ends_with_khod() -> None:
