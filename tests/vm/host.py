@@ -115,7 +115,11 @@ class Host:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._outer, self._powered:
+        with self._outer:
+            self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
+        with self._powered:
             if error is None:
                 self.outcome = Outcome.PASSED
             else:
@@ -203,7 +207,7 @@ class Host:
         self._taken[name] = self._taken.get(name, 0) + 1
         return record
 
-    def booted(self, *, seconds: float = 60) -> None:
+    def booted(self, *, seconds: float = 120) -> None:
         """Until everything that starts at boot has started. Raises AssertionError if something has failed to."""
         ran = self.run("systemctl", "is-system-running", "--wait", seconds=seconds, status=None)
         if ran.out.strip() != "running":
@@ -303,16 +307,20 @@ def _saved(base: Path) -> Path:
         ready = Path(work) / "ready"
         ready.mkdir()
         host._switch_on(base / "root.img", "raw")
-        with host._powered:
+        try:
             host.booted()
             # In the page cache from here on, for every test.
             host.run("khoctl", "status")
             host.run("sync")
             _save_memory(host.directory / CONTROL, ready / "memory")
+        except BaseException as error:
+            host._close(error)
+            raise
+        host._powered.close()
         shutil.move(host._disk, ready / "disk.qcow2")
         (ready / "khz").write_text(str(khz))
         ready.rename(saved)
-    host.discard()
+    host._close(None)
     return saved
 
 
