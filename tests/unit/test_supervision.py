@@ -16,6 +16,8 @@ from khod.supervision import ANSWERABLE, UNANSWERABLE, Answerable, Notifier
 from tests.unit.daemons import CODE, ROOT, Daemon, powered
 from tests.unit.test_house import tool
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -40,14 +42,14 @@ def answers(path: Path) -> bool:
 
 
 def test_it_says_that_it_is_ready_lives_and_ends(place: Path) -> None:
-    with Daemon(place, WATCHDOG_USEC="400000") as khod:
+    with Daemon(place, WATCHDOG_USEC="2000000") as khod:
         assert not khod.restored.exists()
         khod.hear("READY=1")
         assert khod.restored.exists(), "whoever waits for READY=1 and asserts the file must find it"
         khod.hear("STATUS=idle: 0 instances")
-        for _ in range(3):
+        for _ in range(2):
             khod.forget()
-            khod.hear("WATCHDOG=1", seconds=0.4)
+            khod.hear("WATCHDOG=1", seconds=2.0)
         status, said = khod.end()
         khod.hear("STOPPING=1")
     assert status == 0, said
