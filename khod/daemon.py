@@ -187,6 +187,7 @@ def set_up_logging(level: str) -> bool:
             pass
         else:
             handler, journal = JournalHandler(SYSLOG_IDENTIFIER="khod"), True
+            handler.setFormatter(logging.Formatter())  # level and logger are fields of the entry
     logging.basicConfig(level=level.upper(), handlers=[handler])
     return journal
 

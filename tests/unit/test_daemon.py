@@ -62,6 +62,22 @@ def test_every_setting_of_the_core_comes_from_the_configuration() -> None:
     """With the same default, and each from a setting of its own."""
     assert daemon.core_settings(config.Config()) == Settings()
     source = inspect.getsource(daemon.core_settings)
-    taken = dict(re.findall(r"^        (\w+)=configuration\.([\w.]+)", source, re.M))
+    taken = dict(re.findall(r"^        (\w+)=(?:\w+\()?configuration\.([\w.]+)", source, re.M))
     assert set(taken) == {row.name for row in dataclasses.fields(Settings)}
     assert len(set(taken.values())) == len(taken)
+
+
+def test_the_journal_gets_messages_without_what_its_fields_say() -> None:
+    code = (
+        "import khod.daemon, logging; assert khod.daemon.set_up_logging('info'); (handler,) = logging.getLogger().handlers;"
+        "print(type(handler).__name__, handler.format(logging.makeLogRecord({'msg': 'started', 'levelname': 'INFO'})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env=os.environ | {"JOURNAL_STREAM": "8:1"},
+        cwd=ROOT,
+    )
+    assert done.stdout == "JournalHandler started\n", done.stderr
