@@ -21,7 +21,6 @@ from khod import __version__, config
 from khod.api.listening import inherited, listen
 from khod.api.peers import Processes
 from khod.core.alerts import Alert, alert
-from khod.core.driver import Continuity
 from khod.core.host import Host
 from khod.core.ports import Machine
 from khod.core.settings import Settings
@@ -159,7 +158,7 @@ def core_settings(configuration: config.Config) -> Settings:
         sync=configuration.deadlines.sync,
         restoring=configuration.deadlines.restoring,
         jump=configuration.jump,
-        require=Continuity(configuration.require),
+        require=configuration.require,
         orphans_after=configuration.orphans_after,
         reconnect=configuration.reconnect,
         reserve=configuration.reserve,

@@ -34,8 +34,8 @@ class Settings:
     """For reading bytes of sampled pages while everything stands still: of all instances together."""
     full: bool = False
     """Hash every byte of every instance while frozen, and compare before anything is handed out."""
-    require: Continuity = Continuity.RESET
-    """The least that every instance must be given; an update that cannot is refused."""
+    require: str = Continuity.RESET
+    """The least continuity that every instance must be given; an update that cannot is refused."""
     jump: str = "direct"
     """Who jumps: khod itself, or, 'systemd', PID 1 (decision 17)."""
     orphans_after: float = 3600.0

@@ -146,7 +146,7 @@ class Surveyor:
             fleet=fleet,
             fleet_problem=problem,
             target=self._target(image) if image else None,
-            require=self._settings.require,
+            require=Continuity(self._settings.require),
         )
 
     async def _instance(self, entry: Entry, there: Collection[Key], deserted: bool) -> Instance:
