@@ -13,7 +13,7 @@ import pytest
 
 from khod.api.client import connect
 from khod.client import Claimed, Notice, Participant, Workload
-from khod.errors import KhodError, UpdateFailed
+from khod.errors import KhodError
 from khod.simulated import image
 from tests.unit.daemons import Daemon, powered
 
@@ -58,18 +58,15 @@ def place(tmp_path: Path) -> Iterator[Path]:
 
 
 def hold_at_frozen(khod: Daemon) -> None:
-    """An update up to there; again, while nobody answers for the guest yet: there is no event for that."""
+    """An update up to there, once somebody answers for the guest."""
     deadline = time.monotonic() + 20
     with connect(khod.socket, timeout=20) as client:
         client.load(str(khod.directory / "bzImage"))
-    while time.monotonic() < deadline:
-        try:
-            with connect(khod.socket, timeout=20) as client:
-                for event in client.update("frozen"):
-                    if event.kind == "held":
-                        return
-        except UpdateFailed as error:
-            assert "nobody is there to answer for it" in error.message
+        while [reason for reason in client.plan().blockers if "its client has to answer" in reason]:
+            assert time.monotonic() < deadline
+        for event in client.update("frozen"):
+            if event.kind == "held":
+                return
     raise AssertionError("it is not held")
 
 
