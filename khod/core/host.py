@@ -60,7 +60,7 @@ class Host:
         self.registry = Registry()
         self.book = Book(machine)
         self.broker = Broker(self.registry, machine.clock, lambda: (self.state, self._update_id))
-        self.keepers = Keepers(watch, self._keeper_ended)
+        self.keepers = Keepers(watch, self.registry, self._keeper_ended)
         self.incoming: Incoming | None = None
         self.problems: list[str] = []
         self.last_update: Update | None = None

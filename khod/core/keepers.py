@@ -15,10 +15,13 @@ Watch: TypeAlias = Callable[[int], Presence | None]
 
 
 class Keepers:
-    """Watches the keepers of entries; `ended` is told, in the event loop, of each entry whose keeper came to its end."""
+    """Watches the keepers of `entries`; `ended` is told, in the event loop, of each entry whose keeper came to its end."""
 
-    def __init__(self, watch: Watch, ended: Callable[[Entry], None]) -> None:
-        self._watch, self._ended = watch, ended
+    def __init__(self, watch: Watch, entries: Iterable[Entry], ended: Callable[[Entry], None]) -> None:
+        self._watch, self._entries, self._ended = watch, entries, ended
+        self._watched: dict[int, Presence] = {}
+        """By identity. Each is asked once to tell, whatever hangs on it: a client that registers and unregisters all day must
+        leave nothing behind."""
 
     def bind(self, entry: Entry, caller: Caller) -> None:
         """From now on the entry hangs on this caller."""
@@ -35,9 +38,14 @@ class Keepers:
 
     def _hang(self, entry: Entry, presence: Presence | None, pid: int) -> None:
         entry.keeper, entry.keeper_pid = presence, pid if presence is not None else 0
-        if presence is not None:
-            # The same entry may hang on another by then: it came back, or was claimed.
-            presence.on_end(lambda: self._ended(entry) if entry.keeper is presence else None)
+        if presence is not None and id(presence) not in self._watched:
+            self._watched[id(presence)] = presence
+            presence.on_end(lambda: self._gone(presence))
+
+    def _gone(self, presence: Presence) -> None:
+        del self._watched[id(presence)]
+        for entry in [entry for entry in self._entries if entry.keeper is presence]:
+            self._ended(entry)
 
     def came_back(self, entry: Entry, caller: Caller) -> None:
         """Its client uses its handle: where its keeper was lost with an earlier khod, the caller is it from now on."""
