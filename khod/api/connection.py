@@ -233,13 +233,16 @@ class Connection:
                     return
                 call = self._understand(asked, fds)
             await self._perform(call)
-            self._audit(call.name, call.parameters, "")
+            if not call.signature.more:
+                self._audit(call.name, call.parameters, "")
         except VarlinkErrorReply as error:
             await self._send_fault(error, oneway)
         except KhodError as error:
             await self._refuse(error, call, asked or {})
             await self._send_fault(fault(error), oneway)
         except asyncio.CancelledError:
+            if call is not None and not self._over:
+                self._audit(call.name, call.parameters, "khod ended first")
             if not self._over and not self._stream.torn:  # khod ends, and says so while somebody listens
                 await asyncio.wait([asyncio.ensure_future(self._send_fault(fault(_ENDED), oneway))], timeout=FAREWELL)
         except Exception as error:
@@ -280,17 +283,19 @@ class Connection:
             return
         result = call.method(**call.parameters)
         if call.signature.more:
-            await self._follow(result)
+            await self._follow(call, result)
             return
         if inspect.isawaitable(result):
             result = await result
         self._learn(result.parameters)
         await self._send(result, call.oneway)
 
-    async def _follow(self, results: AsyncGenerator[AnnotatedResult, None]) -> None:
+    async def _follow(self, call: _Call, results: AsyncGenerator[AnnotatedResult, None]) -> None:
         try:
             async for result in results:
-                # Begun: from here on a peer that is gone ends it.
+                if not self._following:  # it is begun, and may well end by a jump
+                    self._audit(call.name, call.parameters, "")
+                # From here on a peer that is gone ends it.
                 self._following = True
                 if self._over or not await self._send(result):
                     return

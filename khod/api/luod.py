@@ -31,7 +31,7 @@ from khod.api.crowd import Crowd
 from khod.api.descriptors import Bridge
 from khod.api.lines import Lines
 from khod.api.listening import ACCEPT_PAUSE, SHORT_OF, listen
-from khod.api.meeting import close_found, find
+from khod.api.meeting import meet
 from khod.api.peers import Presence, Processes
 from khod.config import Limits, Rule
 from khod.core.blocking import blocking
@@ -148,12 +148,8 @@ class Listener:
 
     async def _meet(self, sock: socket.socket, lines: Lines, crowd: Crowd) -> None:
         """Find out who it is, and talk to him."""
-        finding = self._loop.run_in_executor(self._databases, find, sock.dup(), self._rules)
         try:
-            found = await asyncio.shield(finding)
-        except asyncio.CancelledError:
-            finding.add_done_callback(close_found)
-            raise
+            found = await meet(self._databases, sock, self._rules)
         except OSError as error:
             logger.info("a peer cannot be identified: %s", error)
             return

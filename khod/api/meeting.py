@@ -7,6 +7,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from khod.api import peers, policy
@@ -42,7 +43,22 @@ def find(sock: socket.socket, rules: Sequence[Rule]) -> Found:
         raise
 
 
-def close_found(finding: asyncio.Future[Found]) -> None:
+async def meet(databases: ThreadPoolExecutor, sock: socket.socket, rules: Sequence[Rule]) -> Found:
+    """`find` in one of these threads; `sock` is borrowed. Raises OSError when the peer hung up. A caller who is cancelled does
+    not wait, and nothing of it stays open."""
+    own = sock.dup()  # the connection may end meanwhile
+    finding = databases.submit(find, own, rules)
+    try:
+        return await asyncio.shield(asyncio.wrap_future(finding))
+    except asyncio.CancelledError:
+        if finding.cancel():
+            own.close()
+        else:
+            finding.add_done_callback(_close_found)
+        raise
+
+
+def _close_found(finding: Future[Found]) -> None:
     """Close what a search found that nobody waits for any more."""
-    if not finding.cancelled() and finding.exception() is None and finding.result().peer.pidfd >= 0:
+    if finding.exception() is None and finding.result().peer.pidfd >= 0:
         os.close(finding.result().peer.pidfd)

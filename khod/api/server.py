@@ -23,7 +23,7 @@ from khod.api.crowd import Crowd
 from khod.api.descriptors import Bridge
 from khod.api.host import HostInterface
 from khod.api.listening import ACCEPT_PAUSE, SHORT_OF, listen
-from khod.api.meeting import close_found, find
+from khod.api.meeting import meet
 from khod.api.peers import Processes
 from khod.api.stream import HangUps
 from khod.config import Limits, Rule
@@ -161,13 +161,8 @@ class Server:
 
     async def _meet(self, connection: Connection, sock: socket.socket) -> None:
         """Find out who it is, and take its calls."""
-        # A descriptor of its own: the connection may end meanwhile.
-        finding = self._loop.run_in_executor(self._databases, find, sock.dup(), self._rules)
         try:
-            found = await asyncio.shield(finding)
-        except asyncio.CancelledError:
-            finding.add_done_callback(close_found)
-            raise
+            found = await meet(self._databases, sock, self._rules)
         except Exception as error:
             if not isinstance(error, OSError):
                 logger.exception("a peer cannot be identified")

@@ -88,9 +88,11 @@ class Stream:
 
     def hung_up(self) -> bool:
         """Whether the peer has closed: nobody would take an answer."""
+        if self.closed:
+            return True
         poll = select.poll()
         poll.register(self._sock, 0)
-        return self.closed or bool(poll.poll(0))
+        return bool(poll.poll(0))
 
     def resume(self) -> None:
         """Read the next message."""

@@ -10,18 +10,20 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from khod.api import crowd
+from khod.api import connection, crowd, peers
 from khod.api.client import connect
 from khod.config import Limits, Rule
 from khod.core.views import InstanceView
+from khod.errors import UpdateFailed
 from tests.integration.api.served import Served, served
-from tests.integration.api.somebody import ONLY_ROOT, names
+from tests.integration.api.somebody import ONLY_ROOT, Somebody, names
 from tests.integration.api.test_hostile_peers import STATUS, hung_up, khods_fds, peer
 
 SHORT = Limits(idle=0.15, slow=0.15)
@@ -59,8 +61,8 @@ def test_a_connection_on_which_something_hangs_is_not(path: Path) -> None:
         sock.sendall(STATUS)
         assert sock.recv(1 << 16)
         ended: list[bool] = []
-        (connection,) = khod.server._connections
-        khod.call(lambda: connection.presence.on_end(lambda: ended.append(True)))
+        (found,) = khod.server._connections
+        khod.call(lambda: found.presence.on_end(lambda: ended.append(True)))
         with peer(path) as other:
             assert hung_up(other)
         sock.sendall(STATUS)
@@ -120,6 +122,54 @@ def test_those_who_do_not_read_keep_a_bounded_number_of_answers(path: Path) -> N
         khod.until(lambda: khod.server.connections == 0)
 
 
+def test_descriptors_of_calls_under_way_are_counted(khod: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "DESCRIPTORS", 100)
+    fd = os.memfd_create("x")
+    with connect(khod.path, timeout=10) as client:
+        client.load("bzImage")
+    with peer(khod.path) as holds, peer(khod.path) as more:
+        held = b'{"method":"org.khod.Host.Update","more":true,"parameters":{"hold_at":"frozen"}}\0'
+        socket.send_fds(holds, [held], [fd] * 60)
+        khod.until(lambda: khod.service.waiting)
+        socket.send_fds(more, [STATUS], [fd] * 60)
+        assert hung_up(more)
+        with peer(khod.path) as fewer:
+            socket.send_fds(fewer, [STATUS], [fd] * 40)
+            assert b"frozen" in fewer.recv(1 << 16)
+    os.close(fd)
+
+
+@ONLY_ROOT
+def test_refusals_take_their_time() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        with served(Path(directory) / "khod.sock", [Rule("any", "", ("observe",))]) as khod:
+            start = time.monotonic()
+            calls: list[tuple[str, dict[str, str], int]] = [("Abort", {}, 0)] * 10
+            answers = Somebody(names(1)[0]).calls(khod.path, calls)
+            assert time.monotonic() - start > 10 * crowd.REFUSAL
+            assert {answer["error"] for (answer,) in answers} == {"org.khod.Host.NotPermitted"}
+
+
+def test_a_database_of_users_that_hangs_holds_up_nobody_who_is_known(khod: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging, go_on = threading.Event(), threading.Event()
+
+    def hang(_: int) -> str:
+        hanging.set()
+        go_on.wait(10)
+        return "root"
+
+    with connect(khod.path, timeout=10) as known:
+        known.status()
+        monkeypatch.setattr(peers, "_user", hang)
+        with peer(khod.path) as unknown:
+            unknown.sendall(STATUS)
+            assert hanging.wait(10)
+            assert known.status().state == "idle"
+            go_on.set()
+            assert b"idle" in unknown.recv(1 << 16)
+
+
 # --- the event loop
 
 
@@ -147,7 +197,7 @@ sys.stdin.read()
 """
 
 
-def test_the_loop_is_not_held_up(khod: Served) -> None:
+def test_the_loop_is_not_held_up(khod: Served, caplog: pytest.LogCaptureFixture) -> None:
     """20 peers send as much as is taken, of everything: the loop comes round all the same."""
     command = [sys.executable, "-I", "-S", "-c", FLOOD, str(khod.path), str(Limits().message)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -159,7 +209,9 @@ def test_the_loop_is_not_held_up(khod: Served) -> None:
             khod.call(lambda: None)
             worst = max(worst, time.monotonic() - start)
         process.kill()
-    assert worst < 0.25
+    assert worst < 1  # here 2.5 ms on a machine that does nothing else; one message stalled asyncvarlink for seconds
+    khod.until(lambda: khod.server.connections == 0)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 # --- connections
@@ -233,3 +285,21 @@ def test_changes_are_logged_and_looking_is_not(khod: Served, caplog: pytest.LogC
     assert [record.levelname for record in lines[:3]] == ["INFO", "WARNING", "WARNING"]
     assert all(len(record.getMessage()) < 600 and record.getMessage().isprintable() for record in lines)
     assert json.dumps(fields[3][3]).startswith("\"'a\\\\nba")
+
+
+def test_a_stream_is_logged_when_it_begins(khod: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """An update that jumps has no time for it afterwards."""
+    caplog.set_level(logging.INFO, "khod.audit")
+    khod.service.fails = "vm1 would not freeze"
+    with connect(khod.path, timeout=10) as client:
+        client.load("bzImage")
+        events = client.update("prepared")
+        khod.until(lambda: khod.service.waiting)
+        assert caplog.messages[-1].endswith("]: Update: done")
+        with connect(khod.path, timeout=10) as other:
+            other.proceed()
+        with pytest.raises(UpdateFailed):
+            list(events)
+    assert [message.partition("]: ")[2] for message in caplog.messages] == [
+        "Load: done", "Update: done", "Continue: done", "Update: UpdateFailed: vm1 would not freeze",
+    ]  # fmt: skip
