@@ -147,7 +147,7 @@ def open_machine(configuration: config.Config) -> Machine:
         return simulated.machine(simulated.connect(directory, "khod"))
     from khod.kernel.machine import machine
 
-    return machine(configuration.state_directory, device_timeout=configuration.device_timeout)
+    return machine(configuration.state_directory, device_timeout=configuration.device_timeout, begin=True)
 
 
 def core_settings(configuration: config.Config) -> Settings:

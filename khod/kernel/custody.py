@@ -52,9 +52,19 @@ class KernelCustody:
     ) -> None:
         self._path, self._device, self._patience = path, device, patience
         self._start = start
-        self._child = -1
+        self._child = self._words = -1
         self._starting = threading.Lock()
         self._connections = threading.BoundedSemaphore(CONNECTIONS)
+
+    def begin(self) -> None:
+        """Have one start while khod does other things, where it would be started anyway; the first call waits for it."""
+        if self._start:
+            with self._starting:
+                if self._words < 0:
+                    try:
+                        self._connect().close()
+                    except CustodianGone:
+                        self._spawn()
 
     # -- the port
 
@@ -178,16 +188,15 @@ class KernelCustody:
         return (packet, fd) if packet else None
 
     def _connected(self) -> socket.socket:
-        try:
+        if not self._start:
             return self._connect()
-        except CustodianGone:
-            if not self._start:
-                raise
         with self._starting:
-            try:
-                return self._connect()  # another thread was first
-            except CustodianGone:
-                self._run()
+            if self._words < 0:
+                try:
+                    return self._connect()
+                except CustodianGone:
+                    self._spawn()
+            self._await()
             return self._connect()
 
     def _connect(self) -> socket.socket:
@@ -204,8 +213,7 @@ class KernelCustody:
             raise CustodianGone(f"there is no custodian at {self._path}: {nobody}", hint=_hint())
         return channel
 
-    def _run(self) -> None:
-        """Start one, and return when there are two processes, or when it ended."""
+    def _spawn(self) -> None:
         ours, theirs = os.pipe2(os.O_CLOEXEC)
         argv = [sys.executable, "-I", "-S", PROGRAM, "--socket", self._path, "--device", self._device, "--say-ready"]
         try:
@@ -216,9 +224,17 @@ class KernelCustody:
                 file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, theirs, 1)],
                 setsid=True,  # a terminal's Ctrl-C is for khod
             )
+        except OSError as error:
+            os.close(ours)
+            raise CustodianGone(f"a custodian could not be started: {error.strerror}")
         finally:
             os.close(theirs)
-        with open(ours, "rb") as words:
+        self._words = ours
+
+    def _await(self) -> None:
+        """Return when there are two processes, or when the one that was started has ended."""
+        pipe, self._words = self._words, -1
+        with open(pipe, "rb") as words:
             if words.readline() == b"ready\n":
                 logger.info("started a custodian (pid %d), in khod's own control group", self._child)
                 return

@@ -23,14 +23,16 @@ from khod.kernel.store import FileStore
 from khod.kernel.systemd import Systemd
 
 
-def machine(state_directory: Path, *, device_timeout: float = BUSY_PATIENCE) -> Machine:
+def machine(state_directory: Path, *, device_timeout: float = BUSY_PATIENCE, begin: bool = False) -> Machine:
     """The running machine, with its journal in `state_directory`, which is made when it is first written to.
 
     A device that somebody else has open is tried again for `device_timeout` seconds. Where systemd does not watch over us, it
-    does not over a custodian either: the first call that needs one starts it, if there is none.
+    does not over a custodian either: the first call that needs one starts it, if there is none, or, with `begin`, this one.
     """
-    memory = KernelMemory()
     custody = KernelCustody(start="NOTIFY_SOCKET" not in os.environ)
+    if begin:
+        custody.begin()
+    memory = KernelMemory()
     return Machine(
         liveupdate=KernelLiveUpdate(patience=device_timeout, custody=custody),
         files=KernelFiles(),

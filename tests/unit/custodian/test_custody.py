@@ -198,6 +198,20 @@ def test_several_threads_start_one(custody: KernelCustody, socket_path: Path) ->
     assert len(twins(socket_path)) == 2
 
 
+def test_one_that_was_begun_is_the_one_that_is_used(custody: KernelCustody, socket_path: Path, memfd: Memfd) -> None:
+    custody.begin()
+    child = custody._child
+    assert child > 0
+    custody.begin()
+    custody.keep("a", memfd(b"a"))
+    custody.begin()
+    assert custody._child == child == twins(socket_path)[0]
+    other = KernelCustody(str(socket_path), start=True)
+    other.begin()
+    assert other._child == -1
+    assert list(other.kept()) == ["a"]
+
+
 def test_sigterm_is_refused_while_something_is_held_and_nobody_else_has_it(
     custody: KernelCustody, socket_path: Path, memfd: Memfd
 ) -> None:
