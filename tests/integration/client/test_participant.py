@@ -345,6 +345,24 @@ def test_an_opaque_instance_is_given_its_session_once(khod: ScriptedKhod, guest:
             os.fstat(session)
 
 
+def test_a_session_that_was_claimed_is_followed_by_another_in_the_next_update(khod: ScriptedKhod, guest: Guest) -> None:
+    claims(khod, "fds", {"session": b"filled before the jump"}, [])
+    with Participant(guest, path=khod.path) as participant:
+        claimed = participant.claim("vm1", opaque=True)
+        assert isinstance(claimed, Claimed)
+        khod.next("Claim")
+        with claimed:
+            assert os.pread(claimed.fds["session"], 100, 0) == b"filled before the jump"
+        participant.start()
+        news = khod.next("Subscribe").line
+        participant.finished("vm1")
+        khod.next("Finished")
+        news.tell("preparing", "u1", handles=["h9"], deadline=5.0)
+        assert khod.next("OpenSession").parameters == {"handle": "h9"}
+        assert list(guest.expect("preparing").sessions) == ["vm1"]
+        assert khod.next("Ready").parameters["handles"] == ["h9"]
+
+
 # --- connections end
 
 
