@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from khod.abi import bzimage
+from khod.abi.placement import place, segments
 from khod.core.refusals import MAX_CMDLINE
 from khod.errors import FormatError
 from khod.folio.units import Range
@@ -55,14 +57,22 @@ class Kexec:
         if len(cmdline.encode("utf-8", "surrogateescape")) > MAX_CMDLINE:
             raise OSError(errno.EINVAL, "command line too long")
         try:
-            found = image.identify(os.pread(kernel, os.fstat(kernel).st_size, 0), self.running)
+            contents = os.pread(kernel, os.fstat(kernel).st_size, 0)
+            found = image.identify(contents, self.running)
         except FormatError as error:
             raise OSError(errno.ENOEXEC, str(error))
-        needs = [found.kernel_size, os.fstat(initrd).st_size if initrd >= 0 else 0]
-        largest = max((r.end - r.start for r in self.scratch), default=0)
-        if self.carries and max(needs) > largest:
-            raise OSError(errno.EADDRNOTAVAIL, f"{max(needs)} bytes fit into no scratch area: the largest has {largest}")
+        if self.carries:
+            self._place(bzimage.parse(contents[: bzimage.HEADER_SIZE]), len(cmdline), initrd)
         return Loaded(found, cmdline, self.carries)
+
+    def _place(self, header: bzimage.SetupHeader, cmdline: int, initrd: int) -> None:
+        """Each piece into one scratch area. Raises OSError(EADDRNOTAVAIL)."""
+        size = os.fstat(initrd).st_size if initrd >= 0 else 0
+        for placed in place(self.scratch, segments(header, len(self.scratch), cmdline, size)):
+            if placed.at is None:
+                raise OSError(
+                    errno.EADDRNOTAVAIL, f"{placed.segment.name} of {placed.segment.size} bytes fits into no scratch area"
+                )
 
     def load_old(self, task: Task, cmdline: str) -> None:
         """kexec_load(2), as ``kexec -c`` uses it: accepted, carries nothing, says nothing."""

@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import os
 from errno import EADDRNOTAVAIL, EINVAL, ENOEXEC
 from pathlib import Path
 
 import pytest
 
 from khod import errors
+from khod.abi import bzimage, kernel_image
+from khod.abi.placement import place, segments
 from khod.core.ports import Machine
+from khod.folio.units import merged
 from tests.contract.rig import Rig
+
+MIB = 1 << 20
 
 
 def test_an_image_is_opened_loaded_and_dropped(rig: Rig, host: Machine) -> None:
@@ -71,6 +77,46 @@ def test_an_initrd_that_fits_no_scratch_area(rig: Rig, host: Machine, tmp_path: 
     assert refused.value.errno == EADDRNOTAVAIL
     assert not host.kexec.loaded()
     host.kexec.release(image)
+
+
+def test_the_largest_initrd_that_can_be_placed_is_loaded_and_a_larger_one_is_not(
+    rig: Rig, host: Machine, tmp_path: Path
+) -> None:
+    """`khod.abi.placement` says beforehand what the kernel does. Its small pieces are larger than they are: hence 2 MiB."""
+    kernel, initrd, areas = Path(rig.kernel_image()), tmp_path / "initrd", host.kernel.facts().scratch
+    with kernel.open("rb") as file:
+        header = bzimage.parse(file.read(bzimage.HEADER_SIZE))
+
+    def fits(size: int) -> bool:
+        cmdline = len(host.kexec.running_cmdline())
+        return all(placed.at for placed in place(areas, segments(header, len(areas), cmdline, size)))
+
+    largest = max(size for size in range(0, max(area.end - area.start for area in areas), MIB) if fits(size))
+    assert largest
+    initrd.touch()
+    for size, loaded in ((largest, True), (largest + 2 * MIB, False)):
+        os.truncate(initrd, size)
+        image = host.kexec.open(str(kernel), str(initrd))
+        if loaded:
+            host.kexec.load(image)
+            host.kexec.unload()
+        else:
+            with pytest.raises(errors.ImageTooLarge):
+                host.kexec.load(image)
+        host.kexec.release(image)
+
+
+def test_the_facts_of_the_kernel_agree_with_what_else_is_said_of_it(rig: Rig, host: Machine) -> None:
+    facts = host.kernel.facts()
+    assert facts.cmdline == host.kexec.running_cmdline()
+    assert merged(area for area in facts.scratch if area.start < area.end) == host.memory.scratch()
+    assert {"kho", "luo", "memfd"} <= {found.name for found in facts.formats}, facts.formats_source
+    assert facts.config is not None
+    assert facts.config["CONFIG_LIVEUPDATE"] == "y"
+    assert (facts.machine, facts.load_disabled, facts.loads_left, facts.lacking) == ("x86-64", False, None, ())
+    # Of a kernel and of its own image the same is found.
+    image = kernel_image.read(Path(rig.kernel_image()).read_bytes())
+    assert set(facts.formats) == set(image.formats)
 
 
 def test_a_descriptor_is_taken_from_another_process(rig: Rig, host: Machine) -> None:

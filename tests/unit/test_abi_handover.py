@@ -331,3 +331,12 @@ def test_mutated_blobs_raise_format_errors_only(kind: str, changes: list[tuple[i
         mutated[at % len(mutated)] = value
     with suppress(FormatError):
         reader(bytes(mutated))
+
+
+def test_a_block_of_more_entries_than_fit() -> None:
+    memory = Memory()
+    whole = [struct.pack("<64sQQ", b"s%d" % number, 0, 0) for number in range(51)]
+    assert len(list(luo.sessions(memory, luo.decode(luo_blob(block(memory, whole)))))) == 51
+    full = memory.new(struct.pack("<QQ", 0, 52) + b"".join(whole))
+    with pytest.raises(FormatError, match="52 entries, of at most 51"):
+        list(luo.sessions(memory, luo.decode(luo_blob(full))))
