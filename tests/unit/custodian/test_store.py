@@ -247,6 +247,9 @@ def test_a_death_at_every_word_to_pid_1(pid1: Pid1, stored: KernelCustody, memfd
     assert kept_contents(stored) == steps[-1][2]
     stored.drop([])  # and whatever was left over
     pid1.until(lambda: stored_contents(pid1) == steps[-1][2])
+    assert links(pid1.socket_path).count("/memfd:unit (deleted)") == len(steps[-1][2]), (
+        "nothing is held that nobody can ask for"
+    )
 
 
 @pytest.mark.parametrize("word", range(1, WORDS + 1))
@@ -290,6 +293,9 @@ def test_what_is_kept_while_sessions_are_offered_goes_into_the_store_with_the_re
     for _ in range(2):
         stored.withdraw()
         assert stored_contents(pid1) == {"a": b"a2", "b": b"b"}
+    stored.keep("c", memfd(b"c"))
+    assert "c" in stored_contents(pid1)
+    stored.drop(["c"])
     with pytest.raises(InvalidRequest, match="not a live-update session"):
         stored.offer([memfd(b"no session")])
     assert stored_contents(pid1) == {"a": b"a2", "b": b"b"}
