@@ -400,8 +400,8 @@ _POLICY = (
     "scope) and `any: true`, and under `may` a list of rights: `observe` (look at everything), `instances` (register, answer",
     "for and claim instances of one's own), `opaque` (ask for kernel sessions), `operate` (load kernels, run and finish",
     "updates, register what outlives its process), `administer` (act on everybody's instances, discard). What all rules that",
-    "match grant is added up. [security.md](security.md) says what counts as a unit, and who owns what. Everybody can connect",
-    "to the socket (mode 0666, the policy decides) once there is a rule, and root alone (0600) while there is none.",
+    "match grant is added up. [security.md](security.md) says what counts as a unit, who owns what, and who can connect:",
+    "everybody once there is a rule, where khod makes the socket; whom `khod.socket` lets in, where systemd does.",
 )
 
 
