@@ -14,7 +14,7 @@ APT_VM := qemu-system-x86 qemu-utils gdb kmod e2fsprogs mmdebstrap
 # The lab's machine sees this host's files, and only root may show them all; the kernel stays in the caller's cache.
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo) env HOME="$(HOME)"
 # Missing tools and a missing kernel skip tests where somebody runs pytest by hand, and fail them here.
-REQUIRE := vm,ruff,mypy,systemd-analyze,dbus-daemon
+REQUIRE := vm,ruff,mypy,systemd-analyze,zstd,xz,lz4,lzop,dbus-daemon
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14

@@ -14,7 +14,7 @@ from khod.cli import output, show
 from khod.cli.command import Json, Overrides, khod, reporting
 from khod.core.state import HOLDABLE, State
 from khod.core.views import EventView
-from khod.errors import Lost, Refused
+from khod.errors import InvalidRequest, Lost, Refused
 
 
 @reporting
@@ -43,6 +43,8 @@ def update(
         khoctl update --hold-at frozen && khoctl continue
         khoctl update --override format:kho
     """
+    if dry_run and override:
+        raise InvalidRequest("--dry-run passes over nothing", hint="`khoctl preflight --override` shows what is left")
     with khod(context) as client:
         if dry_run:
             _dry_run(client, json)

@@ -4,7 +4,6 @@ read by other means, and hostile ones."""
 
 from __future__ import annotations
 
-import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from khod.abi import bzimage, compression, elf, formats, ikconfig, kernel_image
 from khod.errors import FormatError
 from tests import images
+from tests.unit.test_house import tool
 from tests.vm.kernel import kernel_directory
 
 LAB = kernel_directory()
@@ -26,10 +26,8 @@ needs_lab = pytest.mark.skipif(not (LAB / "bzImage").exists(), reason="the lab's
 
 
 def packed(kernel: bytes, method: str) -> bytes:
-    try:
-        return images.pack(kernel, method)
-    except FileNotFoundError as error:
-        pytest.skip(f"no {error} here")
+    tool(images.PROGRAMS[method][0])
+    return images.pack(kernel, method)
 
 
 def texts(found: kernel_image.KernelImage) -> list[str]:
@@ -210,10 +208,9 @@ def test_the_lab_s_kernel_is_what_its_build_says() -> None:
     assert found.config == ikconfig.parse((LAB / "config").read_text())
     assert (found.compression, found.machine) == ("zstd", "x86-64")
     assert texts(found) == ["kho-v4", "luo-v5", "memblock-v1", "memfd-v2", "reserve-mem-v1"]
-    if shutil.which("zstd") is None:
-        pytest.skip("no zstd here")
+    zstd = tool("zstd")
     payload = data[data.index(b"\x28\xb5\x2f\xfd") :]  # as scripts/extract-vmlinux looks for it
-    done = subprocess.run(["zstd", "-q", "-dc"], input=payload, capture_output=True, timeout=60)
+    done = subprocess.run([zstd, "-q", "-dc"], input=payload, capture_output=True, timeout=60)
     header = bzimage.parse(data)
     ours = compression.decompress(bzimage.payload(data, header), header.init_size)
     assert done.stdout == ours

@@ -40,3 +40,4 @@ def test_overrides_are_named_one_by_one(khod: Served) -> None:
     khod.run(khod.service.load("/boot/bzImage"))
     assert khoctl(khod, "update", "--override", "scratch", "--override", "format:kho").status == 0
     assert khod.service.overrides == ["scratch", "format:kho"]
+    assert khoctl(khod, "update", "--dry-run", "--override", "scratch").status == 2
