@@ -8,6 +8,7 @@ both machines, and both must refuse the same ones before anything is frozen.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from khod.abi.fleet import Fleet
 
 _CHUNK = 1 << 20
+_CONFIG = 1 << 20
+"""Bytes of a configuration: today's have a quarter of it."""
 
 
 def open_image(kernel: str, initrd: str, cmdline: str) -> Image:
@@ -69,6 +72,20 @@ def profile(path: str) -> Fleet | None:
 def kernel_bytes(image: Image, limit: int) -> bytes:
     """The bytes of its kernel, `limit` at most."""
     return b"".join(_chunks(image.kernel_fd, limit))
+
+
+def config_beside(image: Image, release: str) -> str:
+    """The text of ``config-RELEASE`` in the directory of its kernel, where distributions put it; '' where there is none."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,127}", release):  # it is the image's word
+        return ""
+    try:
+        fd = _open(os.path.join(os.path.dirname(image.kernel), f"config-{release}"), "configuration")  # noqa: PTH118, PTH120
+    except InvalidRequest:
+        return ""
+    try:
+        return os.pread(fd, _CONFIG, 0).decode("utf-8", "replace")
+    finally:
+        os.close(fd)
 
 
 def initrd_size_and_head(image: Image, length: int) -> tuple[int, bytes]:

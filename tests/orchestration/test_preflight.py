@@ -272,3 +272,22 @@ def test_what_a_fleet_has_agreed_on_is_demanded(world: World, tmp_path: Path) ->
         await blocked(world, "fleet", "not a regular file")
 
     asyncio.run(scenario())
+
+
+def test_a_configuration_may_lie_beside_the_image(world: World) -> None:
+    async def scenario() -> None:
+        host = await world.khod()
+        world.image.write_bytes(images.bzimage(images.vmlinux(config=None, release="7.4.0"), release="7.4.0"))
+        await host.load(str(world.image))
+        assert (await checks(world))["target-config"].verdict == Verdict.UNKNOWN
+        beside = world.image.parent / "config-7.4.0"
+        beside.write_text("CONFIG_KEXEC_FILE=y\nCONFIG_KEXEC_HANDOVER=y\nCONFIG_LIVEUPDATE=y\n")
+        assert "config-7.4.0 beside it says so" in (await checks(world))["target-config"].evidence
+        beside.write_text("CONFIG_KEXEC_FILE=y\n")
+        await blocked(world, "target-config", "built without CONFIG_KEXEC_HANDOVER, CONFIG_LIVEUPDATE")
+        # The name is the image's word, and leads nowhere else.
+        world.image.write_bytes(images.bzimage(images.vmlinux(config=None), release="../config-7.4.0"))
+        await world.host.load(str(world.image))
+        assert (await checks(world))["target-config"].verdict == Verdict.UNKNOWN
+
+    asyncio.run(scenario())

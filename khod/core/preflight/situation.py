@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from khod.abi import bzimage, cmdline, kernel_image
+from khod.abi import bzimage, cmdline, ikconfig, kernel_image
 from khod.abi.fleet import Fleet
 from khod.core import images
 from khod.core.blocking import blocking
@@ -30,6 +30,10 @@ class Target:
     kernel: kernel_image.KernelImage | None
     """None when it could not be read; `problem` says why."""
     problem: str
+    config: Mapping[str, str] | None
+    """What it is built with; None when nobody knows."""
+    config_source: str
+    """Who says so, in words."""
     signed: bool | None
     """Whether it carries a signature; None when it cannot carry one."""
     initrd_size: int
@@ -44,9 +48,7 @@ class Target:
 
     def configured(self, option: str) -> bool | None:
         """Whether it is built with this, built in; None when nobody knows."""
-        if self.kernel is None or self.kernel.config is None:
-            return None
-        return self.kernel.config.get(option) == "y"
+        return None if self.config is None else self.config.get(option) == "y"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,15 +189,11 @@ class Surveyor:
         if self._last is None or self._last[0] != image.sha256:
             self._last = image.sha256, read(image)
         last = self._last[1]
-        return Target(
-            image=image,
-            header=last.header,
-            kernel=last.kernel,
-            problem=last.problem,
-            signed=last.signed,
-            initrd_size=last.initrd_size,
-            initrd_head=last.initrd_head,
-        )
+        target = replace(last, image=image)  # its command line may be another
+        if target.config is None and target.kernel and (text := images.config_beside(image, target.kernel.release)):
+            source = f"config-{target.kernel.release} beside it"
+            return replace(target, config=ikconfig.parse(text), config_source=source)
+        return target
 
 
 def read(image: Image) -> Target:
@@ -212,6 +210,8 @@ def read(image: Image) -> Target:
         header=bzimage.parse(data[: bzimage.HEADER_SIZE]),
         kernel=kernel,
         problem=problem,
+        config=kernel.config if kernel else None,
+        config_source="the image itself",
         signed=bzimage.signature(data[: bzimage.HEADER_SIZE]),
         initrd_size=initrd_size,
         initrd_head=initrd_head,

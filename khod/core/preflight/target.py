@@ -84,9 +84,10 @@ def _signature(seen: Situation, target: Target) -> Check:
 
 
 def _config(target: Target) -> Check:
-    if target.kernel is None or target.kernel.config is None:
-        return unknown("target-config", "the image carries no configuration", "build it with CONFIG_IKCONFIG=y")
-    config = target.kernel.config
+    config = target.config
+    if target.kernel is None or config is None:
+        evidence = "the image carries no configuration, and none lies beside it"
+        return unknown("target-config", evidence, "build it with CONFIG_IKCONFIG=y, or put config-RELEASE into its directory")
     missing = [option for option in OPTIONS if config.get(option) != "y"]
     # Before 7.2 memfds came with CONFIG_LIVEUPDATE; kernels that have the option write it down either way.
     names_memfd = any(f.name == MEMFD for f in target.kernel.formats)
@@ -94,8 +95,9 @@ def _config(target: Target) -> Check:
         missing.append("CONFIG_LIVEUPDATE_MEMFD")
     if missing:
         what = "everything is lost" if "CONFIG_KEXEC_HANDOVER" in missing else _LOST
-        return blocker("target-config", f"it is built without {', '.join(missing)}: {what}", "name a kernel that has them")
-    return ok("target-config", f"it is built with {', '.join(OPTIONS)}")
+        evidence = f"it is built without {', '.join(missing)}: {what}"
+        return blocker("target-config", evidence, "name a kernel that has them")
+    return ok("target-config", f"it is built with {', '.join(OPTIONS)}: {target.config_source} says so")
 
 
 def _options(target: Target) -> Check:

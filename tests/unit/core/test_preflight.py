@@ -41,7 +41,8 @@ def well() -> Situation:
     assert KERNEL.header is not None
     image = Image("/boot/vmlinuz", "/boot/initrd", CMDLINE, -1, -1, "", 0)
     target = Target(
-        image=image, header=KERNEL.header, kernel=KERNEL, problem="", signed=None, initrd_size=8 * MIB, initrd_head=b"070701"
+        image=image, header=KERNEL.header, kernel=KERNEL, problem="", config=CONFIG, config_source="the image", signed=None,
+        initrd_size=8 * MIB, initrd_head=b"070701",
     )  # fmt: skip
     return Situation(
         release="7.3.4", facts=facts, device=None, figures=MemoryFigures(2 * GIB, GIB, 0, 0, 0), need=Need(PARTS, GIB),
@@ -128,10 +129,10 @@ FIRING: list[tuple[str, Verdict, str, Change]] = [
     ("signature", Verdict.UNKNOWN, "by whom", both(facts(lockdown="integrity", config=None), target(signed=True))),
     ("signature", Verdict.UNKNOWN, "not known", facts(config=None)),
     ("target-config", Verdict.BLOCKER, "without CONFIG_KEXEC_HANDOVER, CONFIG_LIVEUPDATE: everything is lost",
-     kernel(config={"CONFIG_KEXEC_FILE": "y"})),
+     target(config={"CONFIG_KEXEC_FILE": "y"})),
     ("target-config", Verdict.BLOCKER, "without CONFIG_LIVEUPDATE_MEMFD: the memory stays",
      kernel(formats=tuple(f for f in KERNEL.formats if f.name != "memfd"))),
-    ("target-config", Verdict.UNKNOWN, "no configuration", kernel(config=None)),
+    ("target-config", Verdict.UNKNOWN, "no configuration", target(config=None)),
     ("target-options", Verdict.BLOCKER, "lacks kho=on and liveupdate=on", cmdline("root=/dev/vda console=ttyS0")),
     ("cmdline", Verdict.BLOCKER, "2017 bytes, and kexec_file_load takes 2016", cmdline(CMDLINE.ljust(2017, "x"))),
     ("console", Verdict.WARNING, "lacks console=ttyS0", cmdline("root=/dev/vda kho=on liveupdate=on console=tty0")),
@@ -167,12 +168,12 @@ def test_kho_may_be_on_by_default() -> None:
     on = {"CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT": "y"}
     found = judged(
         facts(config=CONFIG | on, cmdline="root=/dev/vda liveupdate=on"),
-        kernel(config=CONFIG | on),
+        target(config=CONFIG | on),
         lambda there: cmdline("root=/dev/vda liveupdate=on")(there) if there.target is None else there,
     )
     assert found["options"].verdict is Verdict.OK
     assert (
-        judged(kernel(config=CONFIG | on), lambda s: _told(s, "root=/dev/vda liveupdate=on"))["target-options"].verdict == "ok"
+        judged(target(config=CONFIG | on), lambda s: _told(s, "root=/dev/vda liveupdate=on"))["target-options"].verdict == "ok"
     )
 
 
