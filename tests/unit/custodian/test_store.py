@@ -24,8 +24,7 @@ def stored_contents(pid1: Pid1) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for mark, fd in pid1.store:
         name = mark.rstrip("AB")
-        assert name not in found, f"{name} is there twice: {pid1.names()}"
-        found[name] = os.pread(fd, 100, 0)
+        found[name if name not in found else f"{name}, twice"] = os.pread(fd, 100, 0)
     return found
 
 
