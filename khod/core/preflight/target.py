@@ -151,7 +151,8 @@ def _initrd(target: Target) -> Check:
 
 
 def _formats(seen: Situation, target: Target) -> Iterator[Check]:
-    names = [KHO, LUO, MEMFD]
+    # Before luo-v2 sessions and what files share had names of their own, and were compared as well.
+    names = [KHO, *sorted({f.name for f in seen.facts.formats if f.name.startswith(LUO)} or {LUO}), MEMFD]
     if seen.options.values("reserve_mem"):
         names += ["memblock", "reserve-mem"]
     reads = target.kernel.formats if target.kernel else None
@@ -181,7 +182,7 @@ def _format(seen: Situation, compared: Comparison) -> Check:
         case Match.COMPATIBLE:
             return ok(name, f"{compared.writes} is written ({seen.facts.formats_source}), and read")
         case Match.UNKNOWN:
-            return unknown(name, compared.reason, "")
+            return unknown(name, compared.reason, "let khod read /proc/kcore and debugfs here; get the target's file again")
         case Match.INCOMPATIBLE:
             evidence = f"{compared.reason}: {compared.outcome.sentence}"
             if compared.outcome is Outcome.PARTLY:
