@@ -29,7 +29,9 @@ def machine(state_directory: Path, *, device_timeout: float = BUSY_PATIENCE, beg
     A device that somebody else has open is tried again for `device_timeout` seconds. Where systemd does not watch over us, it
     does not over a custodian either: the first call that needs one starts it, if there is none, or, with `begin`, this one.
     """
-    custody = KernelCustody(start="NOTIFY_SOCKET" not in os.environ)
+    # sd_booted(3) as well: others than systemd listen for READY=1.
+    supervised = "NOTIFY_SOCKET" in os.environ and Path("/run/systemd/system").is_dir()
+    custody = KernelCustody(start=not supervised)
     if begin:
         custody.begin()
     memory = KernelMemory()
