@@ -121,15 +121,21 @@ def _pidfd_by_number(pid: int, uid: int) -> int:
     if pidfd < 0:
         return -1
     try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22, proc_pid_stat(5)
-        same = Path(f"/proc/{pid}").stat().st_uid == uid and started <= now
-    except (OSError, ValueError, IndexError):
+        same = Path(f"/proc/{pid}").stat().st_uid == uid and 0 < _began(pid) <= now * os.sysconf("SC_CLK_TCK")
+    except OSError:
         same = False
     if same and not ended(pidfd):
         return pidfd
     os.close(pidfd)
     return -1
+
+
+def _began(pid: int) -> int:
+    """When a process began, in clock ticks since boot; 0 when that cannot be seen."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])  # field 22, proc_pid_stat(5)
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def ended(pidfd: int) -> bool:
@@ -190,6 +196,11 @@ class Presence:
         return self._there
 
     @property
+    def since(self) -> int:
+        """A connection is not told from another by when it began."""
+        return 0
+
+    @property
     def kept(self) -> bool:
         """Whether something hangs on it."""
         return bool(self._told)
@@ -212,14 +223,20 @@ class Presence:
 class ProcessPresence(Presence):
     """A process's, by its pidfd, which is owned; -1 for one that is gone. The connections of one process share it."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, pidfd: int, forget: Callable[[], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, pid: int, pidfd: int, forget: Callable[[], None]) -> None:
         super().__init__(loop)
         self.connections = 0
+        self._since = _began(pid) if pidfd >= 0 else 0
         self._pidfd = pidfd
         self._forget = forget
         self._there = pidfd >= 0
         if self._there:
             loop.add_reader(pidfd, self.end)
+
+    @property
+    def since(self) -> int:
+        """When the process began."""
+        return self._since
 
     @property
     def there(self) -> bool:
@@ -260,7 +277,7 @@ class Processes:
         if known is not None and known.there and peer.pidfd >= 0 and not ended(peer.pidfd):
             os.close(peer.pidfd)
         else:
-            known = ProcessPresence(self._loop, peer.pidfd, lambda: self._forget(peer.pid))
+            known = ProcessPresence(self._loop, peer.pid, peer.pidfd, lambda: self._forget(peer.pid))
             if known.there and peer.pid:
                 self._by_pid[peer.pid] = known
         known.connections += 1

@@ -9,6 +9,7 @@ registration that nobody was told of, or of one that is over, and is let go of.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,7 @@ class Page:
     handle: str
     lifetime: Lifetime
     keeper_pid: int
+    keeper_since: int
     client_states: tuple[StateBound, ...]
     shareable: bool
     shares: Mapping[str, tuple[Key, str]]
@@ -73,7 +75,7 @@ class Contents:
 
 
 class Book:
-    """The book of a running khod. Methods block; not for several threads at once."""
+    """The book of a running khod. Methods block, and may be called from several threads."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -82,6 +84,7 @@ class Book:
         self._fd = -1
         self._end = 0
         self._next = 0
+        self._lock = threading.RLock()
 
     def open(self) -> Contents:
         """Read the book that a predecessor left in custody, and begin a new one with the same contents. Deposits that it
@@ -128,50 +131,56 @@ class Book:
     def deposit(self, entry: Entry) -> None:
         """Put an entry's descriptors into custody, those that are not there yet. Raises CustodyFull, CustodianGone: then none
         of them is kept that was not before."""
-        made: dict[str, str] = {}
-        try:
-            for name, fd in entry.fds.items():
-                if name not in entry.deposits:
-                    made[name] = _DEPOSIT + _base36(self._next)
-                    self._next += 1
-                    self._machine.custody.keep(made[name], fd)
-        except KhodError:
-            self._machine.custody.drop(list(made.values()))
-            raise
-        entry.deposits.update(made)
+        with self._lock:
+            made: dict[str, str] = {}
+            try:
+                for name, fd in entry.fds.items():
+                    if name not in entry.deposits:
+                        made[name] = _DEPOSIT + _base36(self._next)
+                        self._next += 1
+                        self._machine.custody.keep(made[name], fd)
+            except KhodError:
+                self._machine.custody.drop(list(made.values()))
+                raise
+            entry.deposits.update(made)
 
     def put(self, entry: Entry) -> None:
         """Note how an entry stands now."""
-        page = page_of(entry)
-        self._append(_line(page))
-        self.contents.pages[page.key] = page
+        with self._lock:
+            page = page_of(entry)
+            self._append(_line(page))
+            self.contents.pages[page.key] = page
 
     def remove(self, entry: Entry, *, over: str = "") -> None:
         """Forget an entry, and let go of its deposits; `over`: so is this incoming session."""
-        self._append(lines.encode({"gone": _key(entry.key), "over": [over] if over else []}))
-        self.contents.pages.pop(entry.key, None)
-        if over:
-            self.contents.over.add(over)
-        self._machine.custody.drop(list(entry.deposits.values()))
-        entry.deposits.clear()
+        with self._lock:
+            self._append(lines.encode({"gone": _key(entry.key), "over": [over] if over else []}))
+            self.contents.pages.pop(entry.key, None)
+            if over:
+                self.contents.over.add(over)
+            self._machine.custody.drop(list(entry.deposits.values()))
+            entry.deposits.clear()
 
     def end_session(self, entry: Entry, session: str) -> None:
         """Note how an entry stands now that its incoming session is over: its deposits are all that keeps it."""
-        page = page_of(entry)
-        self._append(_line(page, over=[session]))
-        self.contents.pages[page.key] = page
-        self.contents.over.add(session)
+        with self._lock:
+            page = page_of(entry)
+            self._append(_line(page, over=[session]))
+            self.contents.pages[page.key] = page
+            self.contents.over.add(session)
 
     def note_proven(self, sessions: Sequence[str]) -> None:
         """Note what was proven, before anything of it is retrieved: asked again later, with the memory in use, it would seem
         not to fit."""
-        self._append(lines.encode({"proven": list(sessions)}))
-        self.contents.proven.update(sessions)
+        with self._lock:
+            self._append(lines.encode({"proven": list(sessions)}))
+            self.contents.proven.update(sessions)
 
     def note_accepted(self, update: str) -> None:
         """Note that an update's bookkeeping is sound."""
-        self._append(lines.encode({"accepted": update}))
-        self.contents.accepted = update
+        with self._lock:
+            self._append(lines.encode({"accepted": update}))
+            self.contents.accepted = update
 
     def _append(self, data: bytes) -> None:
         self._machine.files.write(self._fd, self._end, data)
@@ -222,6 +231,7 @@ def page_of(entry: Entry) -> Page:
         handle=entry.handle,
         lifetime=entry.lifetime,
         keeper_pid=entry.keeper_pid,
+        keeper_since=entry.keeper_since,
         client_states=entry.client_states,
         shareable=entry.shareable,
         shares=dict(entry.shares),

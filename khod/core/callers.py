@@ -74,6 +74,11 @@ class Presence(Protocol):
         """Whether it still is."""
         ...
 
+    @property
+    def since(self) -> int:
+        """Of a process: when it began, in ticks of this boot, which tells it from a later one of its number; 0 otherwise."""
+        ...
+
     def on_end(self, told: Callable[[], None]) -> None:
         """Call `told` in the event loop, once, when it ends; soon if it has ended already."""
         ...
@@ -83,6 +88,7 @@ class Always:
     """What has no end."""
 
     there = True
+    since = 0
 
     def on_end(self, told: Callable[[], None]) -> None:
         """It never ends."""

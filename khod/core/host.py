@@ -7,30 +7,26 @@ import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from khod import __version__
 from khod.core import views
-from khod.core.alerts import Alert, alert, alert_start
+from khod.core.alerts import alert_start
 from khod.core.blocking import blocking
-from khod.core.book import Book
-from khod.core.broker import Broker
 from khod.core.callers import Caller, Lifetime
-from khod.core.claims import Claims
 from khod.core.driver import Drivers
 from khod.core.events import Broadcast
 from khod.core.finishing import Finisher
 from khod.core.history import update_view
+from khod.core.holdings import Holdings
 from khod.core.incoming import Incoming
 from khod.core.inspection import inspect_incoming, inspect_nothing, inspect_outgoing
-from khod.core.instances import instance_view, new_entry, new_opaque
 from khod.core.journal import Journal
-from khod.core.keepers import Keepers, Watch
+from khod.core.keepers import Watch
 from khod.core.ports import Image, Machine
 from khod.core.preflight.preflight import Preflight
 from khod.core.question import Phase
-from khod.core.registry import Entry, Grade, InstanceState, Registry
+from khod.core.registry import Entry, Grade, InstanceState
 from khod.core.service import Registration
 from khod.core.settings import Settings
 from khod.core.startup import Startup
@@ -57,24 +53,20 @@ class Host:
         self.machine, self.settings, self.drivers = machine, settings, drivers
         self.boot = machine.boot.boot()
         self.journal = Journal(machine.store, self.boot, lambda: machine.clock.stamp().realtime)
-        self.registry = Registry()
-        self.book = Book(machine)
-        self.broker = Broker(self.registry, machine.clock, lambda: (self.state, self._update_id))
-        self.keepers = Keepers(watch, self.registry, self._keeper_ended)
+        self.holdings = Holdings(machine, settings, drivers, self.journal, self, watch)
+        self.registry, self.book, self.broker = self.holdings.registry, self.holdings.book, self.holdings.broker
         self.incoming: Incoming | None = None
         self.problems: list[str] = []
         self.last_update: Update | None = None
-        self._claims = Claims(machine, self.registry, self.journal, self.book)
         self._preflight = Preflight(machine, settings, self.broker)
         self._finisher = Finisher(machine, self.registry, self.book, self.problems)
         self._state = State.IDLE
         self._ident = ""
         self._image: Image | None = None
         self._events = Broadcast()
-        self._lock = asyncio.Lock()
+        self._lock = self.holdings.lock
         self._startup: Startup | None = None
         self._verifying: asyncio.Task[None] | None = None
-        self._ending: set[asyncio.Task[None]] = set()
 
     @property
     def state(self) -> State:
@@ -82,7 +74,8 @@ class Host:
         return self.last_update.state if self.last_update else self._state
 
     @property
-    def _update_id(self) -> str:
+    def update_id(self) -> str:
+        """Of the update under way, or of the last one; ''."""
         return self.last_update.id if self.last_update else self._ident
 
     async def start(self, progress: Callable[[str], None] = lambda text: None) -> State:
@@ -98,11 +91,7 @@ class Host:
         self._ident = startup.update
         self.incoming = startup.incoming
         self.problems[:] = startup.problems
-        for entry in startup.entries:
-            self.registry.put(entry)
-        self.keepers.resume([e for e in self.registry if not e.state.unclaimed], self.settings.reconnect)
-        if any(e.state.unclaimed for e in self.registry):
-            asyncio.get_running_loop().call_later(self.settings.orphans_after, self._report_orphans)
+        self.holdings.take_up(startup.entries)
         self._startup = startup
         alert_start(logger, self._state, self._ident, self.problems)
         return self._state
@@ -123,62 +112,12 @@ class Host:
         """Why khod must not exit now; '' when it may. Memory is no reason: it is in custody (decision 25)."""
         return f"an update is {self.state}" if self.state.outgoing else ""
 
-    # What ends by itself
-
-    def _keeper_ended(self, entry: Entry) -> None:
-        """Decision 5: before everything stands frozen its memory is let go of; between that and its claim nothing changes."""
-        if entry.key not in self.registry or self.registry.get(entry.key) is not entry or entry.state.unclaimed:
-            return
-        if self.last_update is not None and self.last_update.state.outgoing:
-            self.last_update.instance_ended(entry)
-            return
-        task = asyncio.create_task(self._end(entry), name=f"end {entry.label}")
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
-
-    async def _end(self, entry: Entry) -> None:
-        async with self._lock:
-            over = entry.keeper is None or not entry.keeper.there
-            if over and entry.key in self.registry and self.registry.get(entry.key) is entry:
-                logger.info("instance %s: its %s is over: let go of", entry.label, entry.lifetime)
-                await self._let_go(entry)
-
-    def _sweep(self) -> None:
-        """After an update that was undone: what ended meanwhile."""
-        for entry in list(self.registry):
-            if entry.keeper is not None and not entry.keeper.there:
-                self._keeper_ended(entry)
-
-    async def _let_go(self, entry: Entry) -> None:
-        """Forget an instance; what nobody else holds of it is freed."""
-        session = entry.incoming
-        if session and entry.session < 0:  # it waits to be retrieved: freeing it takes that
-            entry.session = await blocking(self.machine.liveupdate.retrieve_session, session)
-        self.registry.remove(entry)
-        self.broker.forget(entry.handle)
-        await blocking(self.book.remove, entry, over=session)
-        await blocking(entry.close, self.machine)
-        if session:
-            await blocking(self.machine.custody.release, session)
-
-    def orphans(self) -> list[Entry]:
-        """What came through a jump long ago, and nobody claimed."""
-        now = self.machine.clock.stamp().realtime
-        return [e for e in self.registry if e.state.unclaimed and now - e.since >= self.settings.orphans_after * 1e9]
-
-    def _report_orphans(self) -> None:
-        for entry in self.orphans():
-            age = (self.machine.clock.stamp().realtime - entry.since) / 1e9
-            alert(
-                logger,
-                Alert.ORPHAN,
-                "orphan: %s, %d bytes, unclaimed for %.0f s: kept until it is claimed or discarded",
-                entry.label,
-                entry.declaration.size,
-                age,
-                KHOD_INSTANCE=entry.name,
-                KHOD_OWNER=str(entry.owner),
-            )
+    def ended_in_update(self, entry: Entry) -> bool:
+        """See `khod.core.holdings.Where`."""
+        if self.last_update is None or not self.last_update.state.outgoing:
+            return False
+        self.last_update.instance_ended(entry)
+        return True
 
     # Service: looking
 
@@ -191,7 +130,7 @@ class Host:
             device = str(error)
         return views.StatusView(
             state=self.state,
-            update=self._update_id,
+            update=self.update_id,
             held=bool(self.last_update and self.last_update.held),
             boot_id=self.boot.boot_id,
             release=self.boot.release,
@@ -206,8 +145,7 @@ class Host:
 
     async def instances(self) -> Sequence[views.InstanceView]:
         """See Service."""
-        orphans = set(self.orphans())
-        return [await instance_view(self.machine, entry, orphan=entry in orphans) for entry in self.registry]
+        return await self.holdings.view()
 
     async def plan(self) -> views.PlanView:
         """See Service."""
@@ -250,89 +188,25 @@ class Host:
 
     async def register(self, caller: Caller, asked: Registration, fds: Sequence[tuple[str, int]]) -> views.RegisteredView:
         """See Service."""
-        entry = await self._register(caller, asked, fds)
-        self.keepers.bind(entry, caller)
-        await blocking(self.book.put, entry)
-        return await self._registered(entry)
-
-    async def _register(self, caller: Caller, asked: Registration, fds: Sequence[tuple[str, int]]) -> Entry:
-        """An entry in the registry, its descriptors in custody."""
-        entry: Entry | None = None
-        try:
-            async with self._lock:
-                self._require_still("register an instance")
-                entry = await new_entry(self.machine, self.registry, self.drivers, self.settings, caller, asked, fds)
-                await blocking(self.book.deposit, entry)
-                self.registry.add(entry)
-                return entry
-        except BaseException:
-            for _, fd in fds:
-                self.machine.files.close(fd)
-            raise
-
-    async def _registered(self, entry: Entry) -> views.RegisteredView:
-        return views.RegisteredView(instance=await instance_view(self.machine, entry), handle=entry.handle)
+        return await self.holdings.register(caller, asked, fds)
 
     async def adopt(
         self, caller: Caller, asked: Registration, pid: int, fds: Sequence[tuple[str, int]]
     ) -> views.RegisteredView:
         """See Service."""
-        taken: list[tuple[str, int]] = []
-        try:
-            for fd_name, number in fds:
-                taken.append((fd_name, await blocking(self.machine.processes.descriptor, pid, number)))
-        except BaseException:
-            for _, fd in taken:
-                self.machine.files.close(fd)
-            raise
-        if asked.lifetime is Lifetime.CONNECTION:
-            asked = replace(asked, lifetime=Lifetime.PROCESS)
-        entry = await self._register(caller, asked, taken)
-        if not self.keepers.bind_process(entry, pid):
-            async with self._lock:
-                await self._let_go(entry)
-            raise InvalidRequest(f"there is no process {pid} to keep {entry.label}")
-        await blocking(self.book.put, entry)
-        return await self._registered(entry)
+        return await self.holdings.adopt(caller, asked, pid, fds)
 
     async def register_opaque(self, caller: Caller, name: str, lifetime: Lifetime) -> views.RegisteredView:
         """See Service."""
-        async with self._lock:
-            self._require_still("register an instance")
-            entry = new_opaque(self.machine, self.registry, self.settings, caller, name, lifetime)
-            self.registry.add(entry)
-            self.keepers.bind(entry, caller)
-            await blocking(self.book.put, entry)
-        return await self._registered(entry)
-
-    def _find(self, caller: Caller, name: str, owner: str, handle: str = "") -> Entry:
-        return self.registry.by_handle(caller, handle) if handle else self.registry.find(caller, name, owner)
+        return await self.holdings.register_opaque(caller, name, lifetime)
 
     async def unregister(self, caller: Caller, name: str = "", *, owner: str = "", handle: str = "") -> None:
         """See Service."""
-        async with self._lock:
-            self._require_still("unregister an instance")
-            entry = self._find(caller, name, owner, handle)
-            if entry.state.unclaimed:
-                raise Refused(
-                    f"{entry.label} came through a jump and is {entry.state}: nobody has claimed it",
-                    hint=f"`khoctl claim {entry.name}` hands it out, `khoctl discard {entry.name}` lets go of it for good",
-                )
-            self.registry.check_removable(entry)
-            await self._let_go(entry)
+        await self.holdings.unregister(caller, name, owner=owner, handle=handle)
 
     async def discard(self, caller: Caller, name: str, *, owner: str = "") -> None:
         """See Service."""
-        async with self._lock:
-            self._require_still("discard an instance")
-            entry = self.registry.find(caller, name, owner)
-            if not entry.state.unclaimed and entry.session < 0:
-                raise Refused(f"{entry.label} is {entry.state}, it did not come through a jump", hint="unregister it")
-            self.registry.check_removable(entry)
-            self.journal.note(
-                self._ident, "discarded", name=entry.name, owner=str(entry.owner), by=str(caller.owner), problem=entry.problem
-            )
-            await self._let_go(entry)
+        await self.holdings.discard(caller, name, owner=owner)
 
     async def claim(
         self,
@@ -344,15 +218,7 @@ class Host:
         unverified: bool = False,
     ) -> views.ClaimView:
         """See Service."""
-        async with self._lock:
-            claimed = await self._claims.answer(
-                caller, name, owner, self.state, self._ident, lifetime=lifetime, unverified=unverified
-            )
-            if claimed.entry is not None:
-                self.broker.forget(claimed.void)
-                self.keepers.bind(claimed.entry, caller)
-                await blocking(self.book.put, claimed.entry)
-            return claimed.view
+        return await self.holdings.claim(caller, name, owner=owner, lifetime=lifetime, unverified=unverified)
 
     async def finished(self, caller: Caller, handle: str) -> None:
         """See Service."""
@@ -374,8 +240,8 @@ class Host:
         subscription = self.broker.subscribe(caller, handles)
         try:
             for entry in entries:
-                self.keepers.came_back(entry, caller)
-                await blocking(self.book.put, entry)
+                self.holdings.keepers.came_back(entry, caller)
+                await self.holdings.note(entry)
         except BaseException:
             await subscription.aclose()
             raise
@@ -412,7 +278,7 @@ class Host:
     async def load(self, kernel: str, initrd: str = "", cmdline: str | None = None) -> views.ImageView:
         """See Service."""
         async with self._lock:
-            self._require_still("name another kernel")
+            self.require_still("name another kernel")
             image = await blocking(self.machine.kexec.open, kernel, initrd, cmdline)
             await self._drop_image()
             self._image = image
@@ -468,7 +334,7 @@ class Host:
         self._events.close()
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
             logger.error("the update ended by %r", error)
-        self._sweep()
+        self.holdings.sweep()
 
     async def _follow(
         self, update: Update, task: asyncio.Task[State], events: AsyncIterator[views.EventView]
@@ -520,7 +386,8 @@ class Host:
         self._state = state
         self.journal.note(self._ident, "state", state=state, **data)
 
-    def _require_still(self, what: str) -> None:
+    def require_still(self, what: str) -> None:
+        """Raises Refused while an update is under way."""
         if self.state not in (State.IDLE, State.ABORTED, State.RESTORED, State.LOST, State.FAILED, State.UNREACHABLE):
             raise Refused(f"cannot {what} while khod is {self.state}", hint="wait for the update, or `khoctl abort`")
 
@@ -532,13 +399,9 @@ class Host:
             self._verifying.cancel()
             await asyncio.wait([self._verifying])
         await self._drop_image()
-        for task in list(self._ending):
-            await asyncio.wait([task])
-        for entry in self.registry:
-            await blocking(entry.close, self.machine)
+        await self.holdings.close()
         if self.incoming is not None:
             await blocking(self.incoming.close, self.machine)
-        await blocking(self.book.close)
 
 
 def _image_view(image: Image) -> views.ImageView:

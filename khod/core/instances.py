@@ -217,7 +217,8 @@ async def revive(machine: Machine, drivers: Drivers, page: Page) -> Entry:
 
 def take_up(entry: Entry, page: Page) -> None:
     """What the book says of an instance beyond its descriptors: who speaks for it, and whether it was claimed."""
-    entry.handle, entry.lifetime, entry.keeper_pid = page.handle, page.lifetime, page.keeper_pid
+    entry.handle, entry.lifetime = page.handle, page.lifetime
+    entry.keeper_pid, entry.keeper_since = page.keeper_pid, page.keeper_since
     entry.attended, entry.since = page.attended, page.since
     entry.deposits = dict(page.deposits)
     entry.keepsake = {name: bytes.fromhex(value) for name, value in page.keepsake.items()}

@@ -18,26 +18,19 @@ class Keepers:
     """Watches the keepers of `entries`; `ended` is told, in the event loop, of each entry whose keeper came to its end."""
 
     def __init__(self, watch: Watch, entries: Iterable[Entry], ended: Callable[[Entry], None]) -> None:
-        self._watch, self._entries, self._ended = watch, entries, ended
+        self.watch, self._entries, self._ended = watch, entries, ended
         self._watched: dict[int, Presence] = {}
         """By identity. Each is asked once to tell, whatever hangs on it: a client that registers and unregisters all day must
         leave nothing behind."""
 
     def bind(self, entry: Entry, caller: Caller) -> None:
         """From now on the entry hangs on this caller."""
-        self._hang(entry, caller.keeper(entry.lifetime), caller.pid)
+        self.hang(entry, caller.keeper(entry.lifetime), caller.pid)
 
-    def bind_process(self, entry: Entry, pid: int) -> bool:
-        """The entry hangs on that process, if its lifetime is one; False when there is no such process."""
-        if entry.lifetime is not Lifetime.PROCESS:
-            return True
-        presence = self._watch(pid)
-        if presence is not None:
-            self._hang(entry, presence, pid)
-        return presence is not None
-
-    def _hang(self, entry: Entry, presence: Presence | None, pid: int) -> None:
-        entry.keeper, entry.keeper_pid = presence, pid if presence is not None else 0
+    def hang(self, entry: Entry, presence: Presence | None, pid: int) -> None:
+        """From now on the entry hangs on that presence, which is of process `pid`; None: on nothing."""
+        entry.keeper = presence
+        entry.keeper_pid, entry.keeper_since = (pid, presence.since) if presence is not None else (0, 0)
         if presence is not None and id(presence) not in self._watched:
             self._watched[id(presence)] = presence
             presence.on_end(lambda: self._gone(presence))
@@ -61,7 +54,11 @@ class Keepers:
                 continue
             if entry.lifetime is Lifetime.CONNECTION or not entry.keeper_pid:
                 waiting.append(entry)
-            elif not self.bind_process(entry, entry.keeper_pid):
+                continue
+            presence = self.watch(entry.keeper_pid)
+            if presence is not None and presence.since == entry.keeper_since:
+                self.hang(entry, presence, entry.keeper_pid)
+            else:
                 self._ended(entry)
         if waiting:
             asyncio.get_running_loop().call_later(grace, self._give_up, waiting)

@@ -101,6 +101,8 @@ class Entry:
     keeper: Presence | None = None
     """Whose end is its end; None for nobody's, or while its client has still to come back to a khod that was restarted."""
     keeper_pid: int = 0
+    keeper_since: int = 0
+    """`Presence.since` of a process, for a khod that is started anew."""
     client_states: tuple[StateBound, ...] = ()
     """Written by its client and not by its driver."""
     shareable: bool = False

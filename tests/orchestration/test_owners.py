@@ -36,8 +36,7 @@ async def registered(world: World, who: Caller, name: str, fd: int | None = None
 
 async def settled(world: World) -> None:
     """Until what ended is let go of."""
-    while world.host._ending:
-        await asyncio.wait(set(world.host._ending))
+    await world.host.holdings.settled()
 
 
 def names(world: World) -> list[str]:
@@ -198,7 +197,9 @@ def test_processes_are_watched_again_after_a_restart(world: World) -> None:
         assert not names(world)
         await registered(world, vmm("vmm@1.service"), "ram", lifetime=Lifetime.PROCESS)
         world.kill(world.process)
-        world.watch = lambda pid: None  # it ended while khod was not there
+        other = Link()
+        other.since = 5
+        world.watch = lambda pid: other  # it ended while khod was not there, and its number is another's
         await world.khod()
         await settled(world)
         assert not names(world)

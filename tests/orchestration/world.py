@@ -97,6 +97,8 @@ class Recorder:
 class Link:
     """A connection, or a process, that the test ends."""
 
+    since = 0
+
     def __init__(self) -> None:
         self.there = True
         self._told: list[Callable[[], None]] = []

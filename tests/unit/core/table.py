@@ -26,6 +26,7 @@ class Link:
     """A connection, or a process."""
 
     there: bool = True
+    since: int = 0
     told: list[Callable[[], None]] = field(default_factory=list)
 
     def on_end(self, told: Callable[[], None]) -> None:
