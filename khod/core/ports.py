@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
-from khod.folio.units import Folio, PhysicalMemory, Range
+from khod.folio.units import PAGE_SIZE, Folio, PhysicalMemory, Range
 
 if TYPE_CHECKING:
     from khod.abi.formats import Format  # not on the way to restored
@@ -98,6 +98,10 @@ class FileStat:
     """F_SEAL_* bits; 0 for files that cannot be sealed."""
     readable: bool = True
     writable: bool = True
+    mappable: bool = True
+    """False of a guest_memfd whose bytes only the guest may see: no mapping shows them."""
+    page_size: int = PAGE_SIZE
+    """Of a hugetlb file that of its huge pages."""
 
 
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE, F_SEAL_FUTURE_WRITE, F_SEAL_EXEC = (1 << i for i in range(6))
@@ -111,6 +115,16 @@ class Files(Protocol):
         """A new memfd of `size` bytes, all holes: sealable, MFD_EXEC (an F_SEAL_EXEC one would come back read-only)."""
         ...
 
+    def hugetlb(self, name: str, size: int, page_size: int) -> int:
+        """A new hugetlb memfd, all holes, of `size` bytes, a multiple of `page_size`. Raises Refused where there are no pages
+        of that size; how many are free is `Memory.free_huge_pages`."""
+        ...
+
+    def specimen(self, kind: str) -> int:
+        """A new file of a kind ('hugetlb', 'guest_memfd', 'iommufd'), as small as there is, to try on it what the kernel does
+        with such files. Raises Refused where none can be made."""
+        ...
+
     def stat(self, fd: int) -> FileStat:
         """What the file is. Raises BadDescriptor."""
         ...
@@ -121,6 +135,15 @@ class Files(Protocol):
 
     def write(self, fd: int, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at `offset`. Raises FileFrozen where a preserved or sealed file would change its size."""
+        ...
+
+    def copy(self, source: int, target: int, offset: int, length: int) -> None:
+        """Copy bytes of one file to the same place in another, through mappings of both: so also where there is no `read` and
+        `write`. Both have all these bytes; where huge pages are behind one, `offset` and `length` are multiples of them. Holes
+        of both are filled.
+
+        Raises Refused where a file cannot be mapped, OutOfMemory where a hole cannot be filled, BadDescriptor.
+        """
         ...
 
     def add_seals(self, fd: int, seals: int) -> None:
@@ -204,6 +227,10 @@ class Memory(PhysicalMemory, Protocol):
 
     def figures(self) -> MemoryFigures:
         """The figures of this moment."""
+        ...
+
+    def free_huge_pages(self, page_size: int) -> int:
+        """Huge pages of that size that are free in the pools and promised to nobody; 0 where there is no such pool."""
         ...
 
 

@@ -19,6 +19,7 @@ from errno import (
     EBUSY,
     ECONNREFUSED,
     EEXIST,
+    EFAULT,
     EFBIG,
     EINVAL,
     EIO,
@@ -115,6 +116,16 @@ REFUSALS: dict[str, _Kinds] = {
     "window": {EBADF: errors.BadDescriptor},
     "frames": {EBADF: errors.BadDescriptor},
     "stat": _FILE,
+    "hugetlb": {EINVAL: errors.Refused, ENOENT: errors.Refused, ENODEV: errors.Refused, ENOMEM: errors.OutOfMemory},
+    "specimen": dict.fromkeys((ENOENT, ENODEV, ENXIO, ENOTTY, EOPNOTSUPP, EINVAL, EACCES, EPERM, EBUSY), errors.Refused),
+    "copy": {
+        EBADF: errors.BadDescriptor,
+        ENOMEM: errors.OutOfMemory,
+        ENODEV: errors.Refused,  # mmap(2) of a file that has none
+        EACCES: errors.Refused,  # opened for reading or writing only
+        EPERM: errors.Refused,  # sealed
+        EFAULT: errors.Refused,  # madvise(2), where a touch would be SIGBUS
+    },
     "read": _FILE,
     "write": _FILE,
     "add_seals": _FILE,

@@ -13,6 +13,7 @@ from pathlib import Path
 from khod.abi.liveupdate import SESSION_LINK_PREFIX
 from khod.core.ports import WINDOW, FileStat
 from khod.core.refusals import refused
+from khod.folio.units import PAGE_SIZE
 
 F_ADD_SEALS = 1033
 F_GET_SEALS = 1034
@@ -46,6 +47,24 @@ class KernelFiles:
                 raise
         return fd
 
+    def hugetlb(self, name: str, size: int, page_size: int) -> int:
+        """See the port."""
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | os.MFD_HUGETLB | (page_size.bit_length() - 1) << os.MFD_HUGE_SHIFT
+        with refused("hugetlb", f"{name!r} of {size} bytes in pages of {page_size}"):
+            fd = os.memfd_create(name, flags)
+            try:
+                os.ftruncate(fd, size)
+            except OSError:
+                os.close(fd)
+                raise
+        return fd
+
+    def specimen(self, kind: str) -> int:
+        """See the port."""
+        from khod.kernel.specimen import specimen  # once for each kind, and for most hosts never
+
+        return specimen(kind)
+
     def stat(self, fd: int) -> FileStat:
         """See the port."""
         with refused("stat", f"descriptor {fd}"):
@@ -63,6 +82,8 @@ class KernelFiles:
                 seals=seals or 0,
                 readable=not flags & os.O_PATH and flags & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR),
                 writable=not flags & os.O_PATH and flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR),
+                mappable=kind != "guest_memfd" or _mappable(fd),
+                page_size=os.fstatvfs(fd).f_bsize if kind == "hugetlb" else PAGE_SIZE,
             )
 
     def read(self, fd: int, offset: int, length: int) -> bytes:
@@ -82,6 +103,21 @@ class KernelFiles:
             while view:
                 done = os.pwrite(fd, view, offset)
                 view, offset = view[done:], offset + done
+
+    def copy(self, source: int, target: int, offset: int, length: int) -> None:
+        """See the port."""
+        from khod.kernel.libc import Mapping  # ctypes: only hosts that copy pay for it
+
+        if not length:
+            return
+        with (
+            refused("copy", f"descriptor {source} to {target}, {length} bytes at {offset}"),
+            Mapping(source, offset, length) as theirs,
+            Mapping(target, offset, length, writable=True) as ours,
+        ):
+            theirs.populate()
+            ours.populate()
+            ours.fill(theirs)
 
     def add_seals(self, fd: int, seals: int) -> None:
         """See the port."""
@@ -148,6 +184,20 @@ def _character_device(device: int) -> str:
         if target.parent.name == "vfio-dev":
             return "vfio"
     return "other"
+
+
+def _mappable(fd: int) -> bool:
+    """Whether a guest_memfd is shared with the host: one that is private has no mapping, or only a touch of SIGBUS."""
+    from khod.kernel.libc import Mapping
+
+    try:
+        with Mapping(fd, 0, PAGE_SIZE) as page:
+            page.populate()
+    except OSError as e:
+        if e.errno not in (errno.ENODEV, errno.EFAULT):
+            raise
+        return False
+    return True
 
 
 def _resident(fd: int, size: int, allocated: int) -> int:

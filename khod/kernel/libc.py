@@ -23,8 +23,10 @@ NR_PIDFD_GETFD = 438
 """arch/x86/entry/syscalls/syscall_64.tbl."""
 
 PROT_READ = 1
+PROT_WRITE = 2
 MAP_SHARED = 1
 MADV_POPULATE_READ = 22
+MADV_POPULATE_WRITE = 23
 """include/uapi/asm-generic/mman-common.h; Linux 5.14."""
 
 _MAP_FAILED = c_void_p(-1).value
@@ -86,16 +88,22 @@ def syncfs(fd: int) -> None:
 
 
 class Mapping:
-    """A read-only, shared mapping of `length` bytes of a file; a context manager. Unlike the mmap module's it knows its
-    address, which /proc/self/pagemap is indexed by."""
+    """A shared mapping of `length` bytes of a file, read-only unless `writable`; a context manager. Unlike the mmap module's it
+    knows its address, which /proc/self/pagemap is indexed by."""
 
-    def __init__(self, fd: int, offset: int, length: int) -> None:
-        self.length = length
-        self.address = int(_mmap(None, length, PROT_READ, MAP_SHARED, fd, offset))
+    def __init__(self, fd: int, offset: int, length: int, *, writable: bool = False) -> None:
+        self.length, self.writable = length, writable
+        self.address = int(_mmap(None, length, PROT_READ | (PROT_WRITE if writable else 0), MAP_SHARED, fd, offset))
 
     def populate(self, offset: int = 0, length: int | None = None) -> None:
-        """MADV_POPULATE_READ: every page of the range gets its page table entry, or OSError."""
-        _madvise(self.address + offset, self.length if length is None else length, MADV_POPULATE_READ)
+        """MADV_POPULATE_READ or _WRITE: every page of the range gets its page table entry, or OSError."""
+        advice = MADV_POPULATE_WRITE if self.writable else MADV_POPULATE_READ
+        _madvise(self.address + offset, self.length if length is None else length, advice)
+
+    def fill(self, source: Mapping) -> None:
+        """Copy all of `source`, which is as long. Other threads run meanwhile. Both are populated: a page that is not there
+        would be SIGBUS."""
+        ctypes.memmove(self.address, source.address, source.length)
 
     def resident(self) -> bytes:
         """mincore(2): a byte for every page, with bit 0 set where the page is in memory."""

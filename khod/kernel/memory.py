@@ -56,6 +56,15 @@ class KernelMemory:
             phys, length = phys + len(part), length - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def free_huge_pages(self, page_size: int) -> int:
+        """See the port."""
+        pool = Path(f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB")
+        try:
+            free, promised = (int((pool / name).read_text()) for name in ("free_hugepages", "resv_hugepages"))
+        except FileNotFoundError:
+            return 0
+        return max(0, free - promised)
+
     def ram(self) -> tuple[Range, ...]:
         """See the port."""
         ranges = []

@@ -11,22 +11,24 @@ from dataclasses import asdict
 from typing import Any
 
 from khod.core.ports import F_SEAL_EXEC, WINDOW
-from khod.folio.units import PAGE_SHIFT
+from khod.folio.units import PAGE_SHIFT, PAGE_SIZE
 from khod.simulated.inode import Inode, OpenFile
 from khod.simulated.pages import Pages
 from khod.simulated.process import RealFd
 from khod.simulated.shmem import Shmem
+from khod.simulated.special import HUGE_SIZE, Special
 from khod.simulated.task import Task
 
 _MAX_ORDER = 18
-_KINDS = ("hugetlb", "guest_memfd", "iommufd", "vfio", "other")
+_STRIDE = 1 << 22
 
 
 class FileCalls:
     """Files in memory; `tasks` finds the other process where two are concerned."""
 
-    def __init__(self, pages: Pages, tasks: Callable[[int], Task]) -> None:
+    def __init__(self, pages: Pages, special: Special, tasks: Callable[[int], Task]) -> None:
         self._pages = pages
+        self._special = special
         self._task = tasks
 
     def memfd(self, task: Task, size: int, order: int = 0, executable: bool = True, scatter: int | None = None) -> int:
@@ -38,11 +40,25 @@ class FileCalls:
         inode.seals = 0 if executable else F_SEAL_EXEC
         return task.install(OpenFile(inode))
 
-    def special(self, task: Task, kind: str, size: int = 0) -> int:
-        """A file that the kernel preserves not: 'hugetlb', 'guest_memfd', 'iommufd', 'vfio', 'other' (a pipe, say)."""
-        if kind not in _KINDS:
-            raise OSError(errno.EINVAL, kind)
-        return task.install(OpenFile(Inode(kind, size)))
+    def special(self, task: Task, kind: str, size: int = 0, private: bool = False) -> int:
+        """A file that is no ordinary memfd: 'hugetlb', 'guest_memfd', 'iommufd', 'vfio', 'other' (a pipe, say)."""
+        return task.install(OpenFile(self._special.make(kind, size, private=private)))
+
+    def specimen(self, task: Task, kind: str) -> int:
+        """A new file of that kind, the smallest. ENOENT for what only hardware makes."""
+        if kind not in ("hugetlb", "guest_memfd", "iommufd"):
+            raise OSError(errno.ENOENT, f"nothing here makes a {kind}")
+        return self.special(task, kind, PAGE_SIZE if kind == "guest_memfd" else 0)
+
+    def hugetlb(self, task: Task, size: int, page_size: int) -> int:
+        """memfd_create(2) with MFD_HUGETLB, and ftruncate(2)."""
+        if page_size != HUGE_SIZE or size % page_size:
+            raise OSError(errno.EINVAL, f"{size} bytes in pages of {page_size}")
+        return self.special(task, "hugetlb", size)
+
+    def free_huge_pages(self, task: Task, page_size: int) -> int:
+        """Free ones in the pool of that size."""
+        return len(self._special.pool.pool) if page_size == HUGE_SIZE else 0
 
     def reopen(self, task: Task, fd: int, mode: str) -> int:
         """Open /proc/self/fd/`fd` again: 'r', 'rw', or 'path' for O_PATH."""
@@ -63,12 +79,48 @@ class FileCalls:
         return file.inode
 
     def read(self, task: Task, fd: int, offset: int, length: int) -> bytes:
-        """pread(2)."""
-        return self._shmem(task, fd).read(offset, length)
+        """pread(2). A guest_memfd has none."""
+        inode = self._shmem(task, fd)
+        if inode.kind == "guest_memfd":
+            raise OSError(errno.ESPIPE, "it can only be mapped")
+        return inode.read(offset, length)
 
     def write(self, task: Task, fd: int, offset: int, contents: bytes) -> None:
-        """pwrite(2), all of it."""
-        self._shmem(task, fd, write=True).write(offset, contents)
+        """pwrite(2), all of it. What is no ordinary memfd has none."""
+        inode = self._shmem(task, fd, write=True)
+        if inode.kind != "memfd":
+            raise OSError(errno.ESPIPE if inode.kind == "guest_memfd" else errno.EINVAL, "it can only be mapped")
+        inode.write(offset, contents)
+
+    # What is done through mappings, or by a device.
+
+    def _mapped(self, task: Task, fd: int, offset: int, length: int, *, write: bool = False) -> Shmem:
+        if write and not task.file(fd).writable:
+            raise OSError(errno.EACCES, f"descriptor {fd} is open for reading only")
+        inode = self._shmem(task, fd)
+        if inode.private:
+            raise OSError(errno.ENODEV, "it cannot be mapped")
+        if not 0 <= offset <= offset + length <= inode.stat().size:
+            raise OSError(errno.EFAULT, "behind the end of the file")
+        inode.fault_in(offset, length)
+        return inode
+
+    def peek(self, task: Task, fd: int, offset: int, length: int) -> bytes:
+        """Look at memory."""
+        return self._mapped(task, fd, offset, length).read(offset, length)
+
+    def poke(self, task: Task, fd: int, offset: int, contents: bytes) -> None:
+        """Change memory."""
+        self._mapped(task, fd, offset, len(contents), write=True).write(offset, contents)
+
+    def copy(self, task: Task, source: int, target: int, offset: int, length: int) -> None:
+        """From one mapping to another."""
+        theirs = self._mapped(task, source, offset, length)
+        ours = self._mapped(task, target, offset, length, write=True)
+        while length:
+            part = theirs.read(offset, min(length, _STRIDE))
+            ours.write(offset, part)
+            offset, length = offset + len(part), length - len(part)
 
     def populate(self, task: Task, fd: int) -> None:
         """fallocate(2) of the whole file."""

@@ -27,13 +27,15 @@ _DEVICE = 1
 
 @dataclass(eq=False)
 class Inode:
-    """A file that has nothing but a kind: a pipe, a hugetlb memfd, a linked file, the device."""
+    """A file that has nothing but a kind: a pipe, an iommufd, a linked file, the device."""
 
     kind: str
     size: int = 0
     number: int = field(default_factory=lambda: next(_numbers))
     users: int = 0
     """Open files that lead here."""
+    frozen: bool = False
+    """Preserved: of a file in memory, size and holes may not change (shmem_freeze)."""
 
     def stat(self) -> FileStat:
         """See `khod.core.ports.FileStat`."""

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from khod.abi.cmdline import parse
 from khod.core.ports import Boot
 from khod.folio.units import PAGE_SHIFT, Range
 from khod.simulated.buddy import Buddy
@@ -33,6 +34,7 @@ from khod.simulated.pages import Pages
 from khod.simulated.process import Process, RealFd
 from khod.simulated.ram import Ram
 from khod.simulated.record import Root, read_root, spared, write_root
+from khod.simulated.special import HUGE_SIZE, Special
 from khod.simulated.systemd import Systemd, absent
 from khod.simulated.task import Task
 
@@ -57,10 +59,11 @@ class Kernel:
         self.text = self.pages.take_early(KERNEL_SIZE.bit_length() - 1 - PAGE_SHIFT)
         """First frame of the kernel itself."""
         root = self._inherit()
-        self.luo = LiveUpdate(self.pages, params.kernel.memfd, self._why_no_device())
+        self.special = Special(self.pages, parse(params.cmdline).huge_pages() // HUGE_SIZE)
+        self.luo = LiveUpdate(self.pages, params.kernel.memfd, self.special, params.kernel.preserves, self._why_no_device())
         self.luo.handed = root.sessions if root and not self.luo.missing else []
         self.kexec = Kexec(params.kernel, params.cmdline, scratch, carries=self.options["kho"])
-        self.files = FileCalls(self.pages, self.task)
+        self.files = FileCalls(self.pages, self.special, self.task)
         self.host = HostCalls(directory, self.pages, ram, scratch, params.reset)
         seen = root if self.options["kho"] else None
         self.host.boot_info = Boot(
@@ -226,7 +229,8 @@ class Kernel:
             *(custody.keep, custody.kept, custody.take, custody.drop, custody.sessions, custody.release),
             *(custody.retrieve_session, custody.retrieve_fd, custody.offer, custody.withdraw, custody.room, custody.doubt),
             custody.limit_custody,
-            *(files.memfd, files.special, files.reopen, files.stat, files.read, files.write, files.populate),
+            *(files.memfd, files.special, files.specimen, files.hugetlb, files.reopen, files.stat, files.read, files.write),
+            *(files.peek, files.poke, files.copy, files.free_huge_pages, files.populate),
             *(files.punch, files.truncate, files.add_seals, files.seek, files.duplicate, files.close),
             *(files.pass_fd, files.descriptor, files.window, files.frames, files.adopt, files.export),
             *(host.memory_read, host.ram, host.scratch, host.figures, host.stamp, host.boot),

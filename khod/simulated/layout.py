@@ -66,6 +66,9 @@ class Release:
     luo: str = "luo-v5"
     memfd: str = "memfd-v2"
     kernel_size: int = KERNEL_SIZE
+    preserves: tuple[str, ...] = ()
+    """Kinds of files that it preserves besides memfds, of 'guest_memfd', 'hugetlb', 'iommufd', 'vfio': Linux 7.3 none. A kernel
+    that is jumped to takes the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ class BootParams:
             raw = json.loads((directory / BOOT_FILE).read_text())
         except FileNotFoundError:
             return None
-        raw["kernel"] = Release(**raw["kernel"])
+        raw["kernel"] = Release(**{**raw["kernel"], "preserves": tuple(raw["kernel"]["preserves"])})
         raw["scratch"] = tuple((start, end) for start, end in raw["scratch"])
         return cls(**raw)
 

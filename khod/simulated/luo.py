@@ -8,6 +8,7 @@ left is read at the first open of the device, once, and if it cannot be read the
 from __future__ import annotations
 
 import errno
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,7 @@ from khod.simulated.inode import IMPLIED_BY_EXEC, Inode, OpenFile
 from khod.simulated.pages import Pages
 from khod.simulated.record import FileRecord, SessionRecord, frames_of, free_blob, read_blob, write_blob
 from khod.simulated.shmem import Shmem
+from khod.simulated.special import Special
 from khod.simulated.task import Cgroup, Task
 
 MAX_PAGES = (1 << 32) - 1
@@ -44,7 +46,7 @@ class Preserved:
     """A file in an outgoing session."""
 
     file: OpenFile
-    inode: Shmem
+    inode: Inode
     seals: int
     blob: int
     blob_folios: list[Folio]
@@ -95,7 +97,6 @@ class Incoming(Session):
         while self.files:
             waiting = self.files.popitem()[1]
             if waiting.file is not None:
-                assert isinstance(waiting.file.inode, Shmem)
                 self.owner.held.discard(waiting.file.inode)
                 waiting.file.put()
             elif not waiting.errno:
@@ -114,6 +115,9 @@ class LiveUpdate:
     pages: Pages
     handler: str
     """Compatible string of this kernel's memfd handler."""
+    special: Special
+    preserves: Collection[str] = ()
+    """Kinds of files that it has handlers for besides."""
     missing: str = ""
     """Why there is no device; '' when there is one."""
     handed: list[SessionRecord] = field(default_factory=list)
@@ -122,7 +126,7 @@ class LiveUpdate:
     known_seals: int = KNOWN_SEALS
     outgoing: dict[bytes, Outgoing] = field(default_factory=dict)
     incoming: dict[bytes, Incoming] = field(default_factory=dict)
-    held: set[Shmem] = field(default_factory=set)
+    held: set[Inode] = field(default_factory=set)
     """Files that were retrieved and whose session is not finished."""
     device: OpenFile | None = None
     opener: str = ""
@@ -154,12 +158,16 @@ class LiveUpdate:
     def _deserialise(self) -> None:
         for record in self.handed:
             for file in record.files:
-                if file.handler != self.handler and not self.broken:
+                if file.handler not in self._handlers().values() and not self.broken:
                     self.broken = f"no handler for {file.handler!r}: this kernel has {self.handler!r}"
         if not self.broken:
             for session in (Incoming(self, record) for record in self.handed):
                 self.incoming[session.name] = session
         self.handed = []
+
+    def _handlers(self) -> dict[str, str]:
+        """Compatible strings, by kinds of files."""
+        return {"memfd": self.handler, **{kind: f"{kind}-v1" for kind in self.preserves}}
 
     # Sessions.
 
@@ -215,10 +223,13 @@ class LiveUpdate:
 
     def _preserve(self, file: OpenFile) -> Preserved:
         inode = file.inode
-        if not isinstance(inode, Shmem):
+        if inode.kind not in self._handlers():
             raise OSError(errno.ENOENT, f"no handler takes a {inode.kind}")
         if inode.frozen or inode in self.held:
             raise OSError(errno.EBUSY, "preserved already, or not finished yet")
+        if not isinstance(inode, Shmem):
+            inode.frozen = True
+            return Preserved(file.get(), inode, 0, 0, [])
         size = inode.stat().size
         if -(-size // PAGE_SIZE) > MAX_PAGES:
             raise OSError(errno.EFBIG, f"{size} bytes")
@@ -248,11 +259,17 @@ class LiveUpdate:
         for session in self.outgoing.values():
             record = SessionRecord(session.name.hex())
             for token, kept in session.files.items():
-                kept.inode.settle()
-                size, order, position = kept.inode.size, kept.inode.order, kept.file.position
-                record.files.append(FileRecord(token, self.handler, size, order, kept.seals, position, kept.blob))
+                record.files.append(self._recorded(token, kept))
             records.append(record)
         return records
+
+    def _recorded(self, token: int, kept: Preserved) -> FileRecord:
+        inode, position = kept.inode, kept.file.position
+        handler, order, private = self._handlers()[inode.kind], 0, False
+        if isinstance(inode, Shmem):
+            inode.settle()
+            order, private = inode.order, inode.private
+        return FileRecord(token, handler, inode.size, order, kept.seals, position, kept.blob, inode.kind, private)
 
     # Files of an incoming session.
 
@@ -288,7 +305,11 @@ class LiveUpdate:
 
     def _revive(self, record: FileRecord, cgroup: Cgroup) -> OpenFile:
         """A fresh executable root-owned memfd with the old folios: so F_SEAL_EXEC brings its company along (0x3e)."""
-        inode = Shmem(self.pages, order=record.order)
+        if not record.folios:
+            bare = Inode(record.kind, record.size)
+            self.held.add(bare)
+            return OpenFile(bare)
+        inode = self.special.shmem(record.kind, order=record.order, private=record.private)
         inode.pfns, inode.size = frames_of(self.pages.ram, record), record.size
         inode.seals = record.seals | (IMPLIED_BY_EXEC if record.seals & F_SEAL_EXEC else 0)
         inode.charge, inode.charged = cgroup, record.size
@@ -299,6 +320,8 @@ class LiveUpdate:
 
     def discard(self, record: FileRecord) -> None:
         """Free a file that nobody retrieved."""
+        if not record.folios:
+            return
         listed, folios = read_blob(self.pages.ram, record.folios)
         self.pages.give_back(np.frombuffer(listed, dtype="<i8").astype(np.int64), record.order)
         free_blob(self.pages, folios)

@@ -101,6 +101,12 @@ class Files(_Port):
     def memfd(self, name: str, size: int) -> int:
         return int(self._call(f"{name!r} of {size} bytes", "memfd", size))
 
+    def hugetlb(self, name: str, size: int, page_size: int) -> int:
+        return int(self._call(f"{name!r} of {size} bytes in pages of {page_size}", "hugetlb", size, page_size))
+
+    def specimen(self, kind: str) -> int:
+        return int(self._call(f"a {kind} to try things on", "specimen", kind))
+
     def stat(self, fd: int) -> FileStat:
         found = self._call(f"descriptor {fd}", "stat", fd)
         return FileStat(**{**found, "inode": tuple(found["inode"])})
@@ -110,6 +116,10 @@ class Files(_Port):
 
     def write(self, fd: int, offset: int, data: bytes | memoryview) -> None:
         self._call(f"descriptor {fd}, {len(data)} bytes at {offset}", "write", fd, offset, data)
+
+    def copy(self, source: int, target: int, offset: int, length: int) -> None:
+        what = f"descriptor {source} to {target}, {length} bytes at {offset}"
+        self._call(what, "copy", source, target, offset, length)
 
     def add_seals(self, fd: int, seals: int) -> None:
         self._call(f"descriptor {fd}, seals {seals:#x}", "add_seals", fd, seals)
@@ -170,6 +180,9 @@ class Memory(_Port):
 
     def figures(self) -> MemoryFigures:
         return MemoryFigures(**self._call("figures", "figures"))
+
+    def free_huge_pages(self, page_size: int) -> int:
+        return int(self._call(f"pools of {page_size} bytes", "free_huge_pages", page_size))
 
 
 class Kexec(_Port):

@@ -61,9 +61,10 @@ class Process:
         `scatter` seeds a random choice of frames, as memory that was long in use has them."""
         return int(self.call("memfd", size, order, not noexec, scatter))
 
-    def special(self, kind: str, size: int = 0) -> int:
-        """A file that cannot be preserved: 'hugetlb', 'guest_memfd', 'iommufd', 'vfio', 'other'."""
-        return int(self.call("special", kind, size))
+    def special(self, kind: str, size: int = 0, *, private: bool = False) -> int:
+        """A file that Linux 7.3 does not preserve: 'hugetlb', 'guest_memfd' (`private`: no mapping shows what is in it),
+        'iommufd', 'vfio', 'other'."""
+        return int(self.call("special", kind, size, private))
 
     def write(self, fd: int, offset: int, contents: bytes | memoryview) -> None:
         """pwrite(2) of everything."""
@@ -72,6 +73,14 @@ class Process:
     def read(self, fd: int, offset: int, length: int) -> bytes:
         """pread(2)."""
         return bytes(self.call("read", fd, offset, length))
+
+    def peek(self, fd: int, offset: int, length: int) -> bytes:
+        """Look at memory through a mapping."""
+        return bytes(self.call("peek", fd, offset, length))
+
+    def poke(self, fd: int, offset: int, contents: bytes) -> None:
+        """Change memory through a mapping, or as a device does by DMA."""
+        self.call("poke", fd, offset, contents)
 
     def populate(self, fd: int) -> None:
         """Give every hole a page."""

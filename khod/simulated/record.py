@@ -27,7 +27,7 @@ _MAX_ORDER = 9
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A preserved memfd."""
+    """A preserved file."""
 
     token: int
     handler: str
@@ -37,7 +37,10 @@ class FileRecord:
     seals: int
     position: int
     folios: int
-    """Address of the blob with its frame numbers."""
+    """Address of the blob with its frame numbers; 0 for a file that has none."""
+    kind: str = "memfd"
+    private: bool = False
+    """Of a guest_memfd: nobody but the guest may look into it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,8 @@ def spared(ram: Ram, phys: int) -> Iterator[tuple[Pfns, int]]:
     yield _heads(own)
     for session in root.sessions:
         for file in session.files:
+            if not file.folios:
+                continue
             listed, folios = read_blob(ram, file.folios)
             yield _heads(folios)
             yield np.frombuffer(listed, dtype="<i8").astype(np.int64), file.order

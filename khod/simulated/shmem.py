@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Memfds: files whose pages are folios of simulated memory (mm/shmem.c, mm/memfd.c).
+"""Memfds, and what is made like them: files whose pages are folios of simulated memory (mm/shmem.c, mm/memfd.c).
 
 All folios of a file have one order, chosen when it is made as shmem_enabled= and a mount's huge= choose it on Linux. A file
 that was adopted from the host, or exported to it, keeps its bytes in a memfd of the host until the jump, so that the stores of
@@ -44,8 +44,8 @@ class Shmem(Inode):
         self.scatter: int | None = None
         """Seed: take frames at random from all that are free."""
         self.seals = 0
-        self.frozen = False
-        """Preserved: size and holes may not change (shmem_freeze)."""
+        self.private = False
+        """A guest_memfd that cannot be mapped."""
         self.backing = -1
         """The host's memfd that holds the bytes of an adopted or exported file."""
         self.charge: Cgroup | None = None
@@ -56,7 +56,8 @@ class Shmem(Inode):
 
     def stat(self) -> FileStat:
         """An adopted file has the size and the seals that its owner gave it."""
-        base = replace(super().stat(), seals=self.seals)
+        page_size = PAGE_SIZE << self.order if self.kind == "hugetlb" else PAGE_SIZE
+        base = replace(super().stat(), seals=self.seals, mappable=not self.private, page_size=page_size)
         if self.backing >= 0:
             real = os.fstat(self.backing)
             present = max(real.st_blocks * 512, self._present())
@@ -161,6 +162,12 @@ class Shmem(Inode):
         holes = np.flatnonzero(self.pfns[first:last] == 0) + first
         if len(holes):
             self.pfns[holes] = self.pages.take(self.order, len(holes), movable=True, scatter=self.scatter)
+
+    def fault_in(self, offset: int, length: int) -> None:
+        """What a touch of these bytes through a mapping does. Raises OSError(ENOMEM)."""
+        if length and self.backing < 0:
+            shift = self.order + PAGE_SHIFT
+            self._populate(offset >> shift, ((offset + length - 1) >> shift) + 1)
 
     def populate(self) -> None:
         """fallocate(2) of the whole file."""

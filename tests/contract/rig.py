@@ -98,7 +98,7 @@ class SimulatedRig:
         return fd
 
     def unsupported(self) -> dict[str, int]:
-        return {kind: self._process.special(kind, PAGE) for kind in ("hugetlb", "other")}
+        return {kind: self._process.special(kind) for kind in ("hugetlb", "other")}
 
     def path_only(self, fd: int) -> int:
         return self._process.reopen(fd, "path")

@@ -181,3 +181,43 @@ def test_figures_add_up(rig: Rig, host: Machine) -> None:
     assert after.total == before.total >= after.available > 0
     host.files.close(fd)
     assert host.memory.figures().available >= after.available
+
+
+def test_copying_needs_no_reading_and_no_writing(rig: Rig, host: Machine) -> None:
+    source = rig.memfd(4 * PAGE, {PAGE - 3: CONTENTS, 3 * PAGE: b"not this"})
+    target = host.files.memfd("khod", 4 * PAGE)
+    host.files.write(target, 3 * PAGE, b"stays")
+    host.files.copy(source, target, 0, 3 * PAGE)
+    assert host.files.read(target, 0, 3 * PAGE) == host.files.read(source, 0, 3 * PAGE)
+    assert host.files.read(target, 3 * PAGE, 5) == b"stays"
+    assert host.files.stat(target).allocated == host.files.stat(source).allocated == 4 * PAGE, "holes of both are filled"
+    host.files.copy(source, target, 0, 0)
+
+
+def test_a_copy_that_cannot_be_made_says_so(rig: Rig, host: Machine) -> None:
+    source, target = rig.memfd(PAGE), host.files.memfd("khod", PAGE)
+    with pytest.raises(errors.Refused):
+        host.files.copy(source, rig.read_only(target), 0, PAGE)
+    with pytest.raises(errors.Refused):
+        host.files.copy(source, target, 0, 2 * PAGE)
+    host.files.close(source)
+    with pytest.raises(errors.BadDescriptor):
+        host.files.copy(source, target, 0, PAGE)
+
+
+def test_huge_pages(host: Machine) -> None:
+    """Of a size that there is, and of one that there is not."""
+    size = 2 << 20
+    fd = host.files.hugetlb("huge", 2 * size, size)
+    stat = host.files.stat(fd)
+    assert (stat.kind, stat.size, stat.page_size, stat.allocated) == ("hugetlb", 2 * size, size, 0)
+    assert host.files.stat(host.files.memfd("small", size)).page_size == PAGE
+    assert host.memory.free_huge_pages(size) == 0
+    with pytest.raises(errors.OutOfMemory):
+        host.files.copy(fd, host.files.memfd("carrier", 2 * size), 0, 2 * size)
+    with pytest.raises(errors.Refused):
+        host.files.hugetlb("odd", size * 64, size * 64)
+
+
+def test_a_specimen_is_what_was_asked_for(host: Machine) -> None:
+    assert host.files.stat(host.files.specimen("hugetlb")).kind == "hugetlb"

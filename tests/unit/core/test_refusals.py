@@ -26,6 +26,10 @@ DOCUMENTED = {
     "finish": "EBADF BadDescriptor, ENOTTY NotASession, EINVAL SessionDirection",
     "session_name": "EBADF BadDescriptor, ENOTTY NotASession",
     "memfd": "ENOMEM OutOfMemory",
+    "hugetlb": "EINVAL Refused, ENOENT Refused, ENODEV Refused, ENOMEM OutOfMemory",
+    "specimen": "ENOENT Refused, ENODEV Refused, ENXIO Refused, ENOTTY Refused, EOPNOTSUPP Refused, EINVAL Refused,"
+    " EACCES Refused, EPERM Refused, EBUSY Refused",
+    "copy": "EBADF BadDescriptor, ENOMEM OutOfMemory, ENODEV Refused, EACCES Refused, EPERM Refused, EFAULT Refused",
     "load": "ENOEXEC NotAKernel, EADDRNOTAVAIL ImageTooLarge, EINVAL ImageInvalid, EBADF ImageInvalid,"
     " EPERM KexecForbidden, EBUSY KexecBusy, ENOMEM OutOfMemory",
     "unload": "EPERM KexecForbidden, EBUSY KexecBusy",
