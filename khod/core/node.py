@@ -95,8 +95,8 @@ _DEFAULTS: Mapping[str, bytes] = {
     "khod,shares": cells.strings(()),
     "khod,shareable": cells.u32(0),
 }
-"""What is not written where it is so: a tree has room for 256 bytes an instance when there are 4,096, and one of an earlier khod
-that knew nothing of these can be read (decision 23)."""
+"""What is not written where it is so: a tree has room for 256 bytes an instance when there are 4,096, and one of a khod that
+knew nothing of these can be read (decision 23)."""
 
 
 def to_node(unit: int, carried: Carried) -> InstanceNode:
