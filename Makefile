@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # Every target sets up what it needs and says so. `make help` lists them.
 .DELETE_ON_ERROR:
-.PHONY: help setup install uninstall lab-kernel lab-image lab-shell demo test test-fast test-full check bench bench-vm bench-host clean
+.PHONY: help setup install uninstall lab-kernel lab-image lab-shell demo test test-fast test-full check fuzz bench bench-vm bench-host clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -72,6 +72,10 @@ test test-full:
 	@$(PYTHON) tests/vm/kernel.py >/dev/null
 	@$(AS_ROOT) $(BIN)/python -m tests.vm.image >/dev/null
 	$(AS_ROOT) KHOD_REQUIRE=$(REQUIRE) $(BIN)/pytest -q $(PARALLEL) $(SELECT)
+
+# Longer than anybody waits for: about an hour.
+fuzz: $(VENV)/.stamp ## a million mutated inputs for every reader of foreign bytes, by a fixed seed
+	$(BIN)/pytest -q -m full tests/unit/test_abi_mutations.py
 
 bench: $(VENV)/.stamp ## the folio map and khod's start against plain programs: a table, also as JSON in bench/out
 	@$(APT) $(APT_BENCH)

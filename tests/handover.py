@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from khod.abi import chunk_list, kexec_handover, luo, memfd, radix_tree
-from khod.abi.fdt_door import RawNode
+from khod.abi import chunk_list, kexec_handover, luo, luo_older, memfd, radix_tree
+from khod.abi.fdt_door import RawNode, flatten
 from khod.abi.radix_tree import encode
 from khod.folio.units import Folio
+from khod.inspect.dump import Dump
 
 PAGE = 4096
 
@@ -131,6 +133,9 @@ def everything(memory: Memory) -> list[Callable[[], None]]:
     sessions = block(memory, [struct.pack("<64sQQ", b"khod", files, 2)])
     flbs = memory.new(struct.pack("<QQ48sQQ", 1, 1, b"iommu-v1", 0x7000, 2))
     header = luo.decode(luo_blob(sessions, flbs))
+    files_flat = memory.new(luo_file(1, data) + luo_file(2, data))
+    flat = memory.new(u64(1) + struct.pack("<64sQQ", b"khod", files_flat, 2))
+    older = b"luo-v3\0\0" + struct.pack("<QQQ", 3, flat, flbs)
     map_root = tree(memory, [Folio(0x1234, 0), Folio(0x3200, 9)])
     list_first = chunks(memory, [(0, 0, b"\x05"), (9, 0, b"\x01")], 4096)
 
@@ -141,6 +146,9 @@ def everything(memory: Memory) -> list[Callable[[], None]]:
                     list(memfd.folios(memory, memfd.decode("memfd-v2", memory, file.data)))
         list(luo.flbs(memory, header))
 
+    def older_walk() -> None:
+        luo_older.decode(memory, older)
+
     def map_walk() -> None:
         for leaf in radix_tree.walk(memory, map_root):
             list(leaf.folios())
@@ -150,4 +158,46 @@ def everything(memory: Memory) -> list[Callable[[], None]]:
         for element in chunk_list.elements(memory, list_first):
             list(chunk_list.folios(memory, element, 4096))
 
-    return [luo_walk, map_walk, list_walk]
+    return [luo_walk, older_walk, map_walk, list_walk]
+
+
+class Made:
+    """A handover of 7.3: root, metadata, memblock, LUO; two memfds, one of huge folios."""
+
+    def __init__(self, *, serialised: bool) -> None:
+        memory = self.memory = Memory()
+        self.small = [(memory.new(bytes([n & 255 | 1]) * PAGE) >> 12, 3, n) for n in range(300)]
+        self.huge = [(0x4000, 3, 0), (0x4400, 3, 512)]
+        self.structs = [memfd_v2(memory, self.small), self._huge()]
+        files = block(memory, [luo_file(0, self.structs[0]), luo_file(7, self.structs[1])])
+        entries = block(memory, [struct.pack("<64sQQ", b"vm-1", files, 2)])
+        header = memory.new(luo_blob(entries if serialised else 0))
+        metadata = memory.new(struct.pack("=I65sI", 1, b"7.3.4", 2))
+        region = RawNode("log", {"compatible": b"reserve-mem-v1\0", "start": u64(0x8000000), "size": u64(2 << 20)})
+        reserved = flatten(RawNode("", {"compatible": b"memblock-v1\0"}, (region,)))
+        self.blobs = {"LUO": (header, 32), "kexec-metadata": (metadata, 73), "memblock": (memory.new(reserved), len(reserved))}
+        self.root = memory.new()
+        kept = [Folio(at >> 12, 0) for at in memory.pages]
+        self.map = tree(memory, [*kept, Folio(0x4000, 9), Folio(0x4400, 9), Folio(0x8000, 9)])
+        self.write_root()
+
+    def _huge(self) -> int:
+        memory = self.memory
+        first, pages = records(memory, self.huge)
+        return memory.new(struct.pack("<QQIIQQIHH", 0, 1024 * PAGE, 0, 0, 2, first, pages, 1, 0))
+
+    def write_root(self) -> None:
+        children = [RawNode(n, {"blob-size": u64(size), "preserved-data": u64(at)}) for n, (at, size) in self.blobs.items()]
+        root = RawNode("", {"compatible": b"kho-v4\0", "preserved-memory-map": u64(self.map)}, tuple(children))
+        blob = flatten(root)
+        self.memory.pages[self.root][: len(blob)] = blob
+
+
+def raw_dump(made: Made, path: Path) -> Dump:
+    """The memory in a file of bytes, from 1 MiB on."""
+    with path.open("wb") as file:
+        for at, page in made.memory.pages.items():
+            file.seek(at - 0x100000)
+            file.write(page)
+        file.truncate(max(made.memory.pages) + PAGE - 0x100000)
+    return Dump(path, 0x100000)

@@ -25,7 +25,8 @@ MAX_NAME = 128
 _BLOCK = Struct("<QQ")  # next, count
 _FIELDS = Struct("<QQQ")  # liveupdate_num, sessions_pa, flbs_pa
 _SESSION = Struct("<64sQQ")  # name, files, file_count
-_FILE = Struct("<48sQQ")  # compatible, data, token
+FILE = Struct("<48sQQ")
+"""compatible, data, token"""
 _FLB = Struct("<48sQQ")  # name, data, count
 
 
@@ -98,13 +99,18 @@ def sessions(memory: PhysicalMemory, header: Header) -> Iterator[Session]:
 def files(memory: PhysicalMemory, session: Session) -> Iterator[File]:
     """The files of a session, as many as it says. Raises FormatError."""
     found = 0
-    for raw, data, token in _entries(memory, session.files, _FILE, f"files of {session.name!r}"):
+    for raw, data, token in _entries(memory, session.files, FILE, f"files of {session.name!r}"):
         found += 1
         if found > session.count:
             raise FormatError(f"LUO: session {session.name!r} has more than its {session.count} files")
-        yield File(_name(raw), data, token)
+        yield file_of(raw, data, token)
     if found != session.count:
         raise FormatError(f"LUO: session {session.name!r} has {found} of its {session.count} files")
+
+
+def file_of(raw: bytes, data: int, token: int) -> File:
+    """A file by the fields of its entry. Raises FormatError."""
+    return File(_name(raw), data, token)
 
 
 def flbs(memory: PhysicalMemory, header: Header) -> Iterator[Flb]:

@@ -72,7 +72,9 @@ def decode(compatible: str, memory: PhysicalMemory, phys: int) -> Memfd:
 def folios(memory: PhysicalMemory, memfd: Memfd) -> Iterator[Record]:
     """Its folios, in the order of the file. Raises FormatError."""
     left = memfd.folios
-    for piece in _pieces(memory, memfd.records):
+    for piece, chunk in storage(memory, memfd.records):
+        if chunk:
+            continue
         if left == 0:
             return
         for start in range(piece, piece + (PAGE_SIZE << memfd.records.order), PAGE_SIZE):
@@ -84,13 +86,16 @@ def folios(memory: PhysicalMemory, memfd: Memfd) -> Iterator[Record]:
         raise FormatError(f"memfd: {left} of its {memfd.folios} folios have no record")
 
 
-def _pieces(memory: PhysicalMemory, area: Vmalloc) -> Iterator[int]:
-    """Addresses of the pieces of an area, as many as it has pages for."""
+def storage(memory: PhysicalMemory, area: Vmalloc) -> Iterator[tuple[int, bool]]:
+    """Addresses of the pieces of an area, as many as it has pages for, and of the pages that list them, before what they list:
+    those are True. Raises FormatError."""
     visited = pages.Visited(memory, "vmalloc", MAX_CHUNKS)
     wanted, at = -(-area.total_pages // (1 << area.order)), area.first
     seen: set[int] = set()
     while at and wanted > 0:
-        at, *addresses = _CHUNK.unpack(visited.page(at))
+        page = visited.page(at)
+        yield at, True
+        at, *addresses = _CHUNK.unpack(page)
         for phys in addresses:
             if phys == 0 or wanted == 0:
                 break
@@ -99,7 +104,7 @@ def _pieces(memory: PhysicalMemory, area: Vmalloc) -> Iterator[int]:
                     f"vmalloc: {phys:#x} is no address of a piece of order {area.order}, or one for the second time"
                 )
             seen.add(phys)
-            yield phys
+            yield phys, False
             wanted -= 1
 
 

@@ -21,11 +21,23 @@ import lzallright
 import pytest
 from backports import zstd
 
-from khod.abi import bzimage, cmdline, compression, fleet, kernel_image, kexec_handover, kexec_metadata, luo, memblock
+from khod.abi import (
+    bzimage,
+    cmdline,
+    compression,
+    fleet,
+    kernel_image,
+    kexec_handover,
+    kexec_metadata,
+    luo,
+    luo_older,
+    memblock,
+)
 from khod.abi.fdt_door import RawNode, flatten
 from khod.errors import FormatError, InvalidRequest
 from tests import images
 from tests.handover import Memory, everything, luo_blob, region, root
+from tests.unit.test_abi_luo_older import VERSIONS
 
 KERNEL = images.vmlinux(fill=256, versions=["luo-v5", "memfd-v2"])
 LIMIT = 1 << 20
@@ -74,6 +86,11 @@ def pe() -> bytes:
     return bytes(made)
 
 
+def _older(name: str) -> Target:
+    memory = Memory()
+    return Target(VERSIONS[name](memory), lambda data: luo_older.decode(memory, data), 20_000)
+
+
 TARGETS: dict[str, Target] = {
     "image": Target(pe(), image, 10_000),
     "vmlinux": Target(KERNEL, kernel_image.read, 20_000),
@@ -81,6 +98,7 @@ TARGETS: dict[str, Target] = {
     "memblock": Target(flatten(RawNode("", {"compatible": b"memblock-v1\0"}, (region(),))), memblock.decode, 60_000),
     "metadata": Target(struct.pack("=I65sI", 1, b"7.3.4", 2), kexec_metadata.decode, 50_000),
     "luo": Target(luo_blob(0x1000, 0x2000, b"luo-v5;block-v1"), luo.decode, 50_000),
+    **{f"luo {name}": _older(name) for name in VERSIONS},
     "cmdline": Target(b'root=/dev/vda kho=on hugepagesz=1G hugepages=2 a="b c" --', lambda d: _options(d), 40_000),
     "fleet": Target(b"fleet: front\nformats: [kho-v4, luo-v5]\n", lambda d: fleet.parse(d, "fleet.yaml"), 10_000),
     **{name: Target(pack(KERNEL), lambda data: compression.decompress(data, LIMIT), 30_000) for name, pack in STREAMS.items()},

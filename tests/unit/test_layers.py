@@ -17,7 +17,7 @@ LAYERS = [
     {"core"},
     {"plugin"},
     {"kernel", "simulated"},
-    {"api"},
+    {"api", "inspect"},
     {"client"},
     {"supervision"},
     {"daemon", "demo"},

@@ -57,11 +57,12 @@ def see(vm: Guest, khod: Khod, fds: dict[str, int]) -> dict[str, object]:
     flags = page_flags()
     frames = {name: pagemap(fd) for name, fd in fds.items()}
     folios = {name: sorted(orders(f, flags)) for name, f in frames.items()}
-    view = json.loads(khod.ctl("inspect", "--json"))
-    listed = set(walk(Kcore(), view["map_address"]))
+    with khod.client() as client:  # khod's part alone: searching memory for the kernel's takes its time
+        view = client.inspect()
+    listed = set(walk(Kcore(), view.map_address))
     own = khod.unnamed() if vm.stage else [khod.frames_of("khod-map"), khod.frames_of("khod-tree")]
     expected = {folio for name in folios for folio in folios[name]} | {f for one in own for f in orders(one, flags)}
-    totals = {o["order"]: o["folios"] for o in view["orders"]}
+    totals = {o.order: o.folios for o in view.orders}
     vm.record(
         f"map-{vm.stage}",
         equal=listed == expected,
@@ -70,7 +71,7 @@ def see(vm: Guest, khod: Khod, fds: dict[str, int]) -> dict[str, object]:
         extra=len(listed - expected),
         totals_agree=totals == {o: sum(1 for _, order in listed if order == o) for o in totals},
         huge=sum(1 for _, order in folios["thp"] if order == 9),
-        source=view["source"],
+        source=view.source,
     )
     return {"frames": frames, "folios": folios}
 
