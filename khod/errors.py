@@ -215,6 +215,12 @@ class FileFrozen(MachineError):
     default_errno = _errno.EPERM
 
 
+class DeviceUnusable(MachineError):
+    """An IOMMU or a device did not do what it was asked to, or there is none."""
+
+    default_hint = "the kernel's log (dmesg) may say more"
+
+
 class KexecForbidden(MachineError):
     """No CAP_SYS_BOOT, or kexec is switched off by sysctl or lockdown."""
 

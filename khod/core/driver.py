@@ -161,6 +161,8 @@ class Instance:
     """Its node's properties: as declared, or on restore as the previous kernel's khod left them (`khod.abi.cells` reads)."""
     keepsake: Mapping[str, bytes] = field(default_factory=dict)
     """What prepare said that thaw needs to know: there in thaw even if khod was killed in between."""
+    required: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Descriptors of the instances that it requires, by their names: in check, prepare, freeze and restore."""
 
     @property
     def path(self) -> str:

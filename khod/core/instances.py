@@ -135,15 +135,14 @@ def _shared(
     machine: Machine, registry: Registry, name: str, shareable: bool, fds: Mapping[str, int]
 ) -> dict[str, tuple[Key, str]]:
     """Which of the files another instance has registered already, and allows to share (decision 6)."""
-    stat = machine.files.stat
     for entry in registry:
         for n in entry.fds.keys() - entry.inodes.keys():
-            entry.inodes[n] = stat(entry.fds[n]).inode
+            entry.inodes[n] = _identity(machine, entry.fds[n])
     holders = {e.inodes[n]: (e, n) for e in registry for n in e.fds if n not in e.shares}
     mine: dict[tuple[int, int], str] = {}
     shares: dict[str, tuple[Key, str]] = {}
     for fd_name, fd in fds.items():
-        inode = stat(fd).inode
+        inode = _identity(machine, fd)
         if inode in mine:
             raise Refused(f"{name}: descriptors {mine[inode]!r} and {fd_name!r} are the same file")
         mine[inode] = fd_name
@@ -157,6 +156,12 @@ def _shared(
             )
         shares[fd_name] = (holder.key, theirs)
     return shares
+
+
+def _identity(machine: Machine, fd: int) -> tuple[int, int]:
+    """What tells a file from others. All iommufds are opened by one device node, and each is another: none is shared."""
+    stat = machine.files.stat(fd)
+    return (-1, fd) if stat.kind == "iommufd" else stat.inode
 
 
 def _check_sealed(machine: Machine, name: str, fds: Mapping[str, int]) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
+from khod.core.devices import Devices
 from khod.folio.units import PAGE_SIZE, Folio, PhysicalMemory, Range
 
 if TYPE_CHECKING:
@@ -522,3 +523,4 @@ class Machine:
     custody: Custody
     manager: ServiceManager
     kernel: RunningKernel
+    devices: Devices

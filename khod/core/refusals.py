@@ -149,6 +149,7 @@ REFUSALS: dict[str, _Kinds] = {
     "doubt": _CUSTODY,
     "inhibit": {ENXIO: errors.Refused},
     "kexec": {ENXIO: errors.Refused, EINVAL: errors.NothingLoaded},
+    "address": {ENXIO: errors.InvalidRequest},
     "descriptor": {
         ESRCH: errors.InvalidRequest,
         EINVAL: errors.InvalidRequest,  # a thread's number is no process
@@ -157,12 +158,18 @@ REFUSALS: dict[str, _Kinds] = {
         EACCES: errors.NotPermitted,
     },
 }
+DEVICE_CALLS = (
+    "open_iommu", "ioas_alloc", "iova_ranges", "huge_pages_option", "map_file", "unmap", "look", "override", "open_vfio",
+    "address", "bind", "attach", "read_config", "write_config", "migration", "set_state", "read_state", "write_state",
+)  # fmt: skip
+"""Methods of `khod.core.devices.Devices`; `open_device` goes by another name here."""
 _OTHERWISE: dict[str, type[MachineError]] = {
     # A handler that failed once fails with the same errno for ever, whichever it was: the class says what is lost.
     "retrieve_fd": errors.RetrieveFailed,
     "execute": errors.KexecFailed,
     "kexec": errors.KexecFailed,
     "sync": errors.SyncFailed,
+    **dict.fromkeys(DEVICE_CALLS, errors.DeviceUnusable),
 }
 
 

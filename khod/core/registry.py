@@ -141,11 +141,21 @@ class Entry:
         """The instances without which it cannot come along."""
         return {(self.owner, name) for name in self.requires} | {key for key, _ in self.shares.values()}
 
-    def view(self, machine: Machine) -> Instance:
-        """As its driver sees it."""
+    def view(self, machine: Machine, others: Iterable[Entry] = ()) -> Instance:
+        """As its driver sees it; what it requires is looked for among `others`."""
         return Instance(
-            self.name, self.options, machine, dict(self.fds), dict(self.states), dict(self.properties), dict(self.keepsake)
+            name=self.name,
+            options=self.options,
+            machine=machine,
+            fds=dict(self.fds),
+            states=dict(self.states),
+            properties=dict(self.properties),
+            keepsake=dict(self.keepsake),
+            required={e.name: dict(e.fds) for e in others if self._requires(e)} if self.requires else {},
         )
+
+    def _requires(self, other: Entry) -> bool:
+        return other.name in self.requires and other.owner == self.owner
 
     def close_session(self, machine: Machine) -> None:
         """Close its session and its states. Of an outgoing session that undoes every preserve; an incoming one is still in

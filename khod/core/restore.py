@@ -151,7 +151,7 @@ class Restorer:
         if unsound := [others[key].label for key in entry.needs if key in others and not others[key].state.sound]:
             raise FormatError(f"{entry.label}: requires {', '.join(unsound)}, which did not come through sound")
         if page is None or page.state is InstanceState.WAITING:
-            made = await entry.driver.restore(entry.view(self.machine))
+            made = await entry.driver.restore(entry.view(self.machine, others.values()))
         else:  # what it made is in its owner's hands: it is in custody, and not made twice
             made = {name: await blocking(self.machine.custody.take, page.deposits[name]) for name in carried.made}
         entry.fds.update(made)

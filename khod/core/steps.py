@@ -124,7 +124,7 @@ class PreserveInstances(Step):
             return
         assert entry.driver is not None
         update.to_thaw.add(entry)
-        if keepsake := await entry.driver.prepare(entry.view(update.machine)):
+        if keepsake := await entry.driver.prepare(entry.view(update.machine, update.entries)):
             entry.keepsake = keepsake
             await blocking(update.book.put, entry)
         await blocking(update.outgoing.create_states, entry)
@@ -216,7 +216,8 @@ class FreezeInstances(Step):
 
     async def _one(self, entry: Entry) -> None:
         if entry.driver is not None:
-            entry.properties.update(await entry.driver.freeze(entry.view(self.update.machine)))
+            view = entry.view(self.update.machine, self.update.entries)
+            entry.properties.update(await entry.driver.freeze(view))
         for bound in entry.client_states:
             await blocking(entry.states[bound.name].check)
         entry.state = InstanceState.FROZEN

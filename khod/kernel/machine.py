@@ -11,6 +11,7 @@ from khod.kernel import tsc
 from khod.kernel.boot import KernelBootInfo
 from khod.kernel.clock import KernelClock
 from khod.kernel.custody import KernelCustody
+from khod.kernel.devices import KernelDevices
 from khod.kernel.facts import KernelFactsReader
 from khod.kernel.files import KernelFiles
 from khod.kernel.filesystems import KernelFileSystems
@@ -49,4 +50,5 @@ def machine(state_directory: Path, *, device_timeout: float = BUSY_PATIENCE, beg
         custody=custody,
         manager=Systemd(),
         kernel=KernelFactsReader(memory),
+        devices=KernelDevices(),
     )

@@ -24,6 +24,7 @@ from khod.core.ports import Boot
 from khod.folio.units import PAGE_SHIFT, Range
 from khod.simulated.buddy import Buddy
 from khod.simulated.custodian import Custodian
+from khod.simulated.devices import DeviceCalls
 from khod.simulated.faults import CALLER, FIRST, SECOND, Fault, Faults, KernelPanic, ProcessDied
 from khod.simulated.filecalls import FileCalls
 from khod.simulated.hostcalls import HostCalls
@@ -64,6 +65,7 @@ class Kernel:
         self.luo.handed = root.sessions if root and not self.luo.missing else []
         self.kexec = Kexec(params.kernel, params.cmdline, scratch, carries=self.options["kho"])
         self.files = FileCalls(self.pages, self.special, self.task)
+        self.devices = DeviceCalls(directory)
         self.host = HostCalls(directory, self.pages, ram, scratch, params.reset)
         seen = root if self.options["kho"] else None
         self.host.boot_info = Boot(
@@ -237,6 +239,7 @@ class Kernel:
             *(host.store_read, host.store_append, host.store_cut, host.sync),
             *(kexec.load, kexec.load_old, kexec.unload, kexec.loaded, kexec.command_line, kexec.facts, kexec.lock_down),
             *(self._preserve_fd, self._execute, self._listing, self._kill, self._inject, self._limit_memory),
+            *self.devices.calls(),
             *(self._manager_present, self._manager_doubt, self._manager_inhibit, self._manager_kexec),
         )
         raw: dict[str, Call] = {
@@ -325,6 +328,7 @@ class Kernel:
             sessions = self.luo.serialise()
             record = write_root(self.pages, Root(kernel.kho, kernel.luo, kernel.release, self._count + 1, sessions))
         replace(self.params, kernel=image.kernel, cmdline=image.cmdline, record=record).write(self.directory)
+        self.devices.jump()
         self.jumped = True
         self.pages.ram.close()
         for other in self._tasks.values():

@@ -18,7 +18,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from khod.abi.ioas_table import Mapping as IoasMapping
+from khod.abi.vfio import MigrationState
 from khod.core import images, ports
+from khod.core.devices import IovaRange, Neighbour, PciDevice
 from khod.core.ports import WINDOW, Boot, FileStat, FolioWindow, Image, KernelFacts, Machine, MemoryFigures, Stamp
 from khod.core.refusals import REFUSALS, deposit_name, preserve_refusal, refusal, session_name
 from khod.folio.units import Folio, Range
@@ -310,6 +313,70 @@ class ServiceManager(_Port):
         self._call("PID 1", "manager_kexec")
 
 
+class Devices(_Port):
+    """See `khod.core.devices.Devices`."""
+
+    def open_iommu(self) -> int:
+        return int(self._call("/dev/iommu", "open_iommu"))
+
+    def ioas_alloc(self, iommufd: int) -> int:
+        return int(self._call(f"descriptor {iommufd}", "ioas_alloc", iommufd))
+
+    def iova_ranges(self, iommufd: int, ioas: int) -> Sequence[IovaRange]:
+        return [IovaRange(*found) for found in self._call(f"IOAS {ioas}", "iova_ranges", iommufd, ioas)]
+
+    def huge_pages(self, iommufd: int, ioas: int, allowed: bool) -> None:
+        self._call(f"IOAS {ioas}", "huge_pages_option", iommufd, ioas, allowed)
+
+    def map_file(self, iommufd: int, ioas: int, fd: int, mapping: IoasMapping) -> None:
+        self._call(f"{mapping} in IOAS {ioas}, descriptor {fd}", "map_file", iommufd, ioas, fd, list(mapping))
+
+    def unmap(self, iommufd: int, ioas: int, iova: int, length: int) -> int:
+        return int(self._call(f"{length:#x} bytes at {iova:#x} in IOAS {ioas}", "unmap", iommufd, ioas, iova, length))
+
+    def look(self, address: str) -> PciDevice | None:
+        found = self._call(address, "look", address)
+        if found is None:
+            return None
+        neighbours = tuple(Neighbour(*other) for other in found.pop("neighbours"))
+        reserved = tuple(IovaRange(*r) for r in found.pop("reserved"))
+        return PciDevice(neighbours=neighbours, reserved=reserved, **found)
+
+    def override(self, address: str) -> None:
+        self._call(address, "override", address)
+
+    def open_device(self, address: str) -> int:
+        return int(self._call(address, "open_vfio", address))
+
+    def address(self, device: int) -> str:
+        return str(self._call(f"descriptor {device}", "address", device))
+
+    def bind(self, device: int, iommufd: int) -> None:
+        self._call(f"descriptor {device} to iommufd {iommufd}", "bind", device, iommufd)
+
+    def attach(self, device: int, ioas: int) -> None:
+        self._call(f"descriptor {device} to IOAS {ioas}", "attach", device, ioas)
+
+    def read_config(self, device: int, offset: int, length: int) -> bytes:
+        return bytes(self._call(f"descriptor {device}", "read_config", device, offset, length))
+
+    def write_config(self, device: int, offset: int, data: bytes) -> None:
+        self._call(f"descriptor {device}, {len(data)} bytes at {offset:#x}", "write_config", device, offset, data)
+
+    def migration(self, device: int) -> int | None:
+        found = self._call(f"descriptor {device}", "migration", device)
+        return None if found is None else int(found)
+
+    def set_state(self, device: int, state: MigrationState) -> int:
+        return int(self._call(f"descriptor {device} to {state.name}", "set_state", device, int(state)))
+
+    def read_state(self, fd: int, length: int) -> bytes:
+        return bytes(self._call(f"descriptor {fd}", "read_state", fd, length))
+
+    def write_state(self, fd: int, data: bytes) -> None:
+        self._call(f"descriptor {fd}, {len(data)} bytes", "write_state", fd, data)
+
+
 class RunningKernel(_Port):
     """See `khod.core.ports.RunningKernel`."""
 
@@ -349,4 +416,5 @@ def machine(process: Process) -> Machine:
         custody=Custody(process),
         manager=ServiceManager(process),
         kernel=RunningKernel(process),
+        devices=Devices(process),
     )

@@ -145,7 +145,7 @@ def test_the_wheel_has_everything_and_works_alone(wheel: Path, tmp_path: Path) -
     )
     where, *plugins = run(python, "-I", "-c", code, cwd=tmp_path).split()
     assert Path(where).is_relative_to(tmp_path)
-    assert plugins == ["guestmemfd"]
+    assert plugins == ["guestmemfd", "iommu", "vfio"]
 
 
 def test_versions_agree() -> None:

@@ -147,7 +147,7 @@ def prepare(machine: Machine, directory: Path) -> None:
     # there. Bytecode is made here, since the guest can neither write it nor compile fast.
     for package in ("khod", "plugins", "tests"):
         compileall.compile_dir(ROOT / package, quiet=2, workers=1)
-    path = f"{ROOT}:{ROOT}/plugins/guestmemfd:{sysconfig.get_path('purelib')}"
+    path = f"{ROOT}:{ROOT}/plugins/guestmemfd:{ROOT}/plugins/iommu:{ROOT}/plugins/vfio:{sysconfig.get_path('purelib')}"
     command = f"'{sys.executable}' -S -X faulthandler '{HERE}/guest.py' '{machine.scenario.resolve()}'"
     (shared / "job").write_text(f"cd '{ROOT}'\nPYTHONPATH='{path}' {command}\n")
     image = directory / "state.img"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from khod.abi import bzimage, cmdline, ikconfig, kernel_image
@@ -14,7 +14,7 @@ from khod.core.callers import Kind
 from khod.core.driver import Continuity
 from khod.core.need import Need, reckon
 from khod.core.ports import Image, KernelFacts, Machine, MemoryFigures
-from khod.core.registry import Entry, Grade, Key
+from khod.core.registry import Entry, Grade
 from khod.core.settings import Settings
 from khod.errors import FormatError, KhodError, MachineError
 
@@ -112,8 +112,7 @@ class Surveyor:
 
     async def look(self, entries: Sequence[Entry], image: Image | None, deserted: Sequence[Entry] = ()) -> Situation:
         """The situation with these instances and this image. `deserted` are those whose client has to answer, and is gone."""
-        there = {entry.key for entry in entries}
-        instances = [await self._instance(entry, there, entry in deserted) for entry in entries]
+        instances = [await self._instance(entry, entries, entry in deserted) for entry in entries]
         return await blocking(self._look, entries, image, tuple(instances))
 
     def _look(self, entries: Sequence[Entry], image: Image | None, instances: tuple[Instance, ...]) -> Situation:
@@ -151,12 +150,13 @@ class Surveyor:
             require=Continuity(self._settings.require),
         )
 
-    async def _instance(self, entry: Entry, there: Collection[Key], deserted: bool) -> Instance:
+    async def _instance(self, entry: Entry, entries: Sequence[Entry], deserted: bool) -> Instance:
         opaque = entry.grade is Grade.OPAQUE
-        unmet = [f"{entry.label} requires {name}, which is not registered" for _, name in sorted(entry.needs - set(there))]
+        missing = entry.needs and entry.needs - {other.key for other in entries}
+        unmet = [f"{entry.label} requires {name}, which is not registered" for _, name in sorted(missing)]
         return Instance(
             label=entry.label,
-            objections=(*unmet, *await self._objections(entry)),
+            objections=(*unmet, *await self._objections(entry, entries)),
             sound=entry.state.sound and not _unfinished(entry),
             opaque=opaque,
             required=entry.required,
@@ -164,7 +164,7 @@ class Surveyor:
             continuity=entry.declaration.continuity,
         )
 
-    async def _objections(self, entry: Entry) -> list[str]:
+    async def _objections(self, entry: Entry, entries: Sequence[Entry]) -> list[str]:
         if not entry.state.sound or (entry.driver is None and entry.grade is Grade.REGISTERED):
             return [f"{entry.label} is {entry.state}: {entry.problem}"]
         if _unfinished(entry):
@@ -175,7 +175,7 @@ class Surveyor:
             probe = await entry.driver.probe(self._machine)
             if not probe.supported:
                 return [f"{entry.label}: driver {entry.driver.name} cannot work here: {probe.reason}"]
-            return list(await entry.driver.check(entry.view(self._machine)))
+            return list(await entry.driver.check(entry.view(self._machine, entries)))
         except KhodError as error:
             return [f"{entry.label}: {error}"]
 

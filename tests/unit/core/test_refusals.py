@@ -42,6 +42,7 @@ DOCUMENTED = {
     "take": f"{CUSTODY}, ENOENT InvalidRequest",
     "offer": f"{CUSTODY}, ENOTTY NotASession, EINVAL SessionDirection, ENXIO Refused",
     "inhibit": "ENXIO Refused",
+    "address": "ENXIO InvalidRequest",
     "kexec": "ENXIO Refused, EINVAL NothingLoaded, EIO KexecFailed",
     **dict.fromkeys(
         ("stat", "read", "write", "add_seals", "truncate", "duplicate", "close", "adopt", "export"),
@@ -49,7 +50,7 @@ DOCUMENTED = {
     ),
 }
 ROWS = [(call, *row.split()) for call, rows in DOCUMENTED.items() for row in rows.split(",")]
-UNDOCUMENTED = sorted(DOCUMENTED.keys() - {"retrieve_fd", "execute", "kexec", "sync"})
+UNDOCUMENTED = sorted(DOCUMENTED.keys() - {"retrieve_fd", "execute", "kexec", "sync", "address"})
 
 
 @pytest.mark.parametrize(("call", "number", "kind"), ROWS)

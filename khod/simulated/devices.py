@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Devices of the simulated machine, the IOMMU before them, and the system calls that drive both.
+
+A `Card` is hardware: it does DMA by itself (`Card.dma`, which a test calls in its stead), through the IOAS that it is attached
+to and as long as its bus master bit is set; a kexec leaves its registers as they are. The kernel turns bus mastering off at
+a jump, as Linux does. `plug` puts a card into a machine that is off.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from khod.abi.ioas_table import Mapping
+from khod.abi.iommufd import IOMMU_IOAS_MAP_READABLE, IOMMU_IOAS_MAP_WRITEABLE
+from khod.abi.vfio import PCI_COMMAND, PCI_COMMAND_MASTER, MigrationState
+from khod.simulated.inode import Inode, OpenFile
+from khod.simulated.shmem import Shmem
+from khod.simulated.task import Task
+
+CARDS_FILE = "cards.json"
+REGISTERS_FILE = "registers.json"
+"""What cards bring through a jump: they are not part of what kernels hand over."""
+CONFIG_SIZE = 256
+APERTURE = (1 << 39) - 1
+"""The last IOVA of a domain."""
+VFIO = "vfio-pci"
+
+
+@dataclass(eq=False)
+class Card:
+    """A PCI device. `migrates`: it offers migration of what it has in its registers. `resets`: opening it clears them."""
+
+    address: str
+    device: int = 0x11E8
+    group: str = "1"
+    migrates: bool = False
+    resets: bool = False
+    reserved: tuple[tuple[int, int], ...] = ((0xFEE00000, 0xFEEFFFFF),)
+    driven_by: str = ""
+    """The driver of the kernel's own that takes it at boot."""
+    vendor: int = 0x1234
+    subsystem: int = 0x1100
+    revision: int = 0x10
+    registers: str = ""
+    config: bytearray = field(default_factory=lambda: bytearray(CONFIG_SIZE))
+    driver: str = ""
+    file: VfioDevice | None = None
+    """Open and bound."""
+    faults: list[int] = field(default_factory=list)
+    """IOVAs that the IOMMU did not let it at."""
+
+    @property
+    def command(self) -> int:
+        """The command register."""
+        return int.from_bytes(self.config[PCI_COMMAND : PCI_COMMAND + 2], "little")
+
+    @command.setter
+    def command(self, value: int) -> None:
+        self.config[PCI_COMMAND : PCI_COMMAND + 2] = value.to_bytes(2, "little")
+
+    def dma(self, iova: int, data: bytes) -> bool:
+        """Write to memory, as it does when it likes; whether that got anywhere."""
+        file = self.file
+        running = file is not None and file.state is MigrationState.RUNNING
+        if not (running and self.command & PCI_COMMAND_MASTER) or file is None:
+            return False
+        found = file.target(iova, len(data))
+        if found is None:
+            self.faults.append(iova)
+            return False
+        shmem, offset = found
+        shmem.write(offset, data)
+        return True
+
+
+@dataclass(eq=False)
+class Ioas:
+    """Mappings, by their IOVA, each with the file that it pins."""
+
+    mapped: dict[int, tuple[Mapping, OpenFile]] = field(default_factory=dict)
+    huge_pages: bool = True
+    cards: list[Card] = field(default_factory=list)
+
+
+class Iommufd(Inode):
+    """What a descriptor of /dev/iommu leads to."""
+
+    def __init__(self) -> None:
+        super().__init__("iommufd")
+        self.number = 1  # that of the node by which all are opened
+        self.spaces: dict[int, Ioas] = {}
+
+    def free(self) -> None:
+        """Everything is unmapped."""
+        for space in self.spaces.values():
+            for _, file in space.mapped.values():
+                file.put()
+        self.spaces.clear()
+
+
+class VfioDevice(Inode):
+    """What a descriptor of a device leads to."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__("vfio")
+        self.card = card
+        self.iommufd: OpenFile | None = None
+        self.ioas: Ioas | None = None
+        self.state = MigrationState.RUNNING
+        self.data: MigrationData | None = None
+
+    def target(self, iova: int, length: int) -> tuple[Shmem, int] | None:
+        """The memory behind an IOVA."""
+        for mapping, file in self.ioas.mapped.values() if self.ioas else ():
+            inside = mapping.iova <= iova and iova + length <= mapping.end
+            if inside and mapping.protection & IOMMU_IOAS_MAP_WRITEABLE and isinstance(file.inode, Shmem):
+                return file.inode, mapping.offset + iova - mapping.iova
+        return None
+
+    def free(self) -> None:
+        """The device is disabled."""
+        if self.card.file is self:
+            self.card.file = None
+            self.card.command &= ~PCI_COMMAND_MASTER
+        if self.ioas is not None:
+            self.ioas.cards.remove(self.card)
+        if self.iommufd is not None:
+            self.iommufd.put()
+
+
+class MigrationData(Inode):
+    """The stream of a device's state."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__("other")
+        self.data = bytearray(data)
+        self.at = 0
+
+
+def plug(directory: Path, *cards: Card) -> None:
+    """Put cards into a machine, in place of those that it has."""
+    own = ("config", "file", "faults", "driver")
+    (directory / CARDS_FILE).write_text(json.dumps([{k: v for k, v in vars(c).items() if k not in own} for c in cards]))
+
+
+def _bad(number: int, why: str) -> OSError:
+    return OSError(number, why)
+
+
+class DeviceCalls:
+    """System calls on devices of one boot. Each takes the calling process first and raises OSError."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        path = directory / CARDS_FILE
+        raw = json.loads(path.read_text()) if path.exists() else []
+        self.cards = {c["address"]: Card(**{**c, "reserved": tuple(map(tuple, c["reserved"]))}) for c in raw}
+        kept = directory / REGISTERS_FILE
+        if kept.exists():
+            for address, (config, registers) in json.loads(kept.read_text()).items():
+                if address in self.cards:
+                    self.cards[address].config[:] = bytes.fromhex(config)
+                    self.cards[address].registers = registers
+            kept.unlink()
+        for card in self.cards.values():
+            card.driver = card.driven_by
+
+    def jump(self) -> None:
+        """pci_device_shutdown() of each: no bus mastering any more. What they hold, they hold by themselves."""
+        for card in self.cards.values():
+            card.command &= ~PCI_COMMAND_MASTER
+        kept = {card.address: (card.config.hex(), card.registers) for card in self.cards.values()}
+        if kept:
+            (self._directory / REGISTERS_FILE).write_text(json.dumps(kept))
+
+    def calls(self) -> tuple[Callable[..., Any], ...]:
+        """All of them."""
+        return (
+            *(self.open_iommu, self.ioas_alloc, self.iova_ranges, self.huge_pages_option, self.map_file, self.unmap),
+            *(self.look, self.override, self.open_vfio, self.address, self.bind, self.attach),
+            *(self.read_config, self.write_config, self.migration, self.set_state, self.read_state, self.write_state),
+        )
+
+    # iommufd.
+
+    def open_iommu(self, task: Task) -> int:
+        """open("/dev/iommu"). ENOENT in a machine without devices."""
+        if not self.cards:
+            raise _bad(errno.ENOENT, "no IOMMU here")
+        return task.install(OpenFile(Iommufd()))
+
+    def _iommufd(self, task: Task, fd: int) -> Iommufd:
+        inode = task.file(fd).inode
+        if not isinstance(inode, Iommufd):
+            raise _bad(errno.ENOTTY, f"descriptor {fd} is a {inode.kind}")
+        return inode
+
+    def _space(self, task: Task, fd: int, ioas: int) -> Ioas:
+        space = self._iommufd(task, fd).spaces.get(ioas)
+        if space is None:
+            raise _bad(errno.ENOENT, f"no IOAS {ioas}")
+        return space
+
+    def ioas_alloc(self, task: Task, fd: int) -> int:
+        """IOMMU_IOAS_ALLOC."""
+        iommufd = self._iommufd(task, fd)
+        number = max(iommufd.spaces, default=0) + 1
+        iommufd.spaces[number] = Ioas()
+        return number
+
+    def iova_ranges(self, task: Task, fd: int, ioas: int) -> list[tuple[int, int]]:
+        """IOMMU_IOAS_IOVA_RANGES: everything, but for what attached devices cannot reach."""
+        space = self._space(task, fd, ioas)
+        if not space.cards:
+            return [(0, (1 << 64) - 1)]
+        found, start = [], 0
+        for first, last in sorted({r for card in space.cards for r in card.reserved}):
+            if start < first:
+                found.append((start, first - 1))
+            start = last + 1
+        return [*found, (start, APERTURE)]
+
+    def huge_pages_option(self, task: Task, fd: int, ioas: int, allowed: bool) -> None:
+        """IOMMU_OPTION_HUGE_PAGES."""
+        self._space(task, fd, ioas).huge_pages = allowed
+
+    def map_file(self, task: Task, fd: int, ioas: int, memory: int, mapping: Sequence[int]) -> None:
+        """IOMMU_IOAS_MAP_FILE."""
+        space, new, file = self._space(task, fd, ioas), Mapping(*mapping), task.file(memory)
+        if not isinstance(file.inode, Shmem) or file.inode.kind != "memfd" or new.offset + new.length > file.inode.stat().size:
+            raise _bad(errno.EINVAL, f"descriptor {memory} has no such memory")
+        if not new.protection & (IOMMU_IOAS_MAP_READABLE | IOMMU_IOAS_MAP_WRITEABLE):
+            raise _bad(errno.EINVAL, "neither readable nor writeable")
+        if any(new.iova < old.end and old.iova < new.end for old, _ in space.mapped.values()):
+            raise _bad(errno.EEXIST, "mapped already")
+        if any(_hits(new, card) for card in space.cards):
+            raise _bad(errno.EINVAL, "reserved")
+        space.mapped[new.iova] = (new, file.get())
+
+    def unmap(self, task: Task, fd: int, ioas: int, iova: int, length: int) -> int:
+        """IOMMU_IOAS_UNMAP, of whole mappings."""
+        space = self._space(task, fd, ioas)
+        hit = [m for m, _ in space.mapped.values() if m.iova < iova + length and iova < m.end]
+        if not hit or any(m.iova < iova or m.end > iova + length for m in hit):
+            raise _bad(errno.ENOENT, "no whole mappings")
+        for mapping in hit:
+            space.mapped.pop(mapping.iova)[1].put()
+        return sum(m.length for m in hit)
+
+    # PCI.
+
+    def look(self, task: Task, address: str) -> dict[str, Any] | None:
+        """What sysfs says."""
+        card = self.cards.get(address)
+        if card is None:
+            return None
+        others = [c for c in self.cards.values() if c.group == card.group and c is not card]
+        return {
+            "address": address,
+            "vendor": card.vendor,
+            "device": card.device,
+            "subsystem_vendor": card.subsystem,
+            "subsystem_device": card.subsystem,
+            "revision": card.revision,
+            "driver": card.driver,
+            "group": card.group,
+            "neighbours": [(c.address, c.driver) for c in others],
+            "reserved": list(card.reserved),
+            "resets": card.resets,
+        }
+
+    def _card(self, address: str) -> Card:
+        if address not in self.cards:
+            raise _bad(errno.ENOENT, f"no device {address}")
+        return self.cards[address]
+
+    def override(self, task: Task, address: str) -> None:
+        """driver_override and drivers_probe."""
+        card = self._card(address)
+        if card.driver not in ("", VFIO):
+            raise _bad(errno.EBUSY, f"{address} is driven by {card.driver}")
+        card.driver = VFIO
+
+    # VFIO.
+
+    def open_vfio(self, task: Task, address: str) -> int:
+        """open("/dev/vfio/devices/vfioN")."""
+        card = self._card(address)
+        if card.driver != VFIO:
+            raise _bad(errno.ENOENT, f"{address} has no device of VFIO's")
+        return task.install(OpenFile(VfioDevice(card)))
+
+    def _device(self, task: Task, fd: int, *, bound: bool = True) -> VfioDevice:
+        inode = task.file(fd).inode
+        if not isinstance(inode, VfioDevice):
+            raise _bad(errno.ENOTTY, f"descriptor {fd} is a {inode.kind}")
+        if bound and inode.iommufd is None:
+            raise _bad(errno.EINVAL, "not bound to an iommufd")
+        return inode
+
+    def address(self, task: Task, fd: int) -> str:
+        """Which device it is. ENXIO for what is none."""
+        inode = task.file(fd).inode
+        if not isinstance(inode, VfioDevice):
+            raise _bad(errno.ENXIO, f"descriptor {fd} is a {inode.kind}")
+        return inode.card.address
+
+    def bind(self, task: Task, fd: int, iommufd: int) -> None:
+        """VFIO_DEVICE_BIND_IOMMUFD: once, and by one at a time."""
+        device = self._device(task, fd, bound=False)
+        self._iommufd(task, iommufd)
+        if device.iommufd is not None or device.card.file is not None:
+            raise _bad(errno.EINVAL, "bound already")
+        device.iommufd, device.card.file = task.file(iommufd).get(), device
+        if device.card.resets:
+            device.card.registers = ""
+            device.card.config[:] = bytes(CONFIG_SIZE)
+
+    def attach(self, task: Task, fd: int, ioas: int) -> None:
+        """VFIO_DEVICE_ATTACH_IOMMUFD_PT. EADDRINUSE where something is mapped that the device has reserved."""
+        device = self._device(task, fd)
+        assert device.iommufd is not None
+        assert isinstance(device.iommufd.inode, Iommufd)
+        space = device.iommufd.inode.spaces.get(ioas)
+        if space is None:
+            raise _bad(errno.ENOENT, f"no IOAS {ioas}")
+        if any(_hits(mapping, device.card) for mapping, _ in space.mapped.values()):
+            raise _bad(errno.EADDRINUSE, "reserved")
+        if device.ioas is not None:
+            device.ioas.cards.remove(device.card)
+        device.ioas = space
+        space.cards.append(device.card)
+
+    def read_config(self, task: Task, fd: int, offset: int, length: int) -> bytes:
+        """pread(2) of the configuration space."""
+        return bytes(self._device(task, fd).card.config[offset : offset + length])
+
+    def write_config(self, task: Task, fd: int, offset: int, data: bytes) -> None:
+        """pwrite(2) to it."""
+        config = self._device(task, fd).card.config
+        config[offset : offset + len(data)] = data
+
+    def migration(self, task: Task, fd: int) -> int | None:
+        """VFIO_DEVICE_FEATURE_MIGRATION, and MIG_DATA_SIZE."""
+        card = self._device(task, fd).card
+        return len(card.registers) if card.migrates else None
+
+    def set_state(self, task: Task, fd: int, state: int) -> int:
+        """VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE."""
+        device, wanted = self._device(task, fd), MigrationState(state)
+        if not device.card.migrates:
+            raise _bad(errno.ENOTTY, "no migration")
+        if device.state is MigrationState.RESUMING and device.data is not None:
+            device.card.registers = device.data.data.decode()
+        device.state, device.data = wanted, None
+        if wanted not in (MigrationState.STOP_COPY, MigrationState.RESUMING):
+            return -1
+        saved = device.card.registers.encode() if wanted is MigrationState.STOP_COPY else b""
+        device.data = MigrationData(saved)
+        return task.install(OpenFile(device.data))
+
+    def _data(self, task: Task, fd: int) -> MigrationData:
+        inode = task.file(fd).inode
+        if not isinstance(inode, MigrationData):
+            raise _bad(errno.EINVAL, f"descriptor {fd} is a {inode.kind}")
+        return inode
+
+    def read_state(self, task: Task, fd: int, length: int) -> bytes:
+        """read(2)."""
+        data = self._data(task, fd)
+        part = bytes(data.data[data.at : data.at + length])
+        data.at += len(part)
+        return part
+
+    def write_state(self, task: Task, fd: int, data: bytes) -> None:
+        """write(2)."""
+        self._data(task, fd).data += data
+
+
+def _hits(mapping: Mapping, card: Card) -> bool:
+    return mapping.end - 1 > APERTURE or any(mapping.iova <= last and first < mapping.end for first, last in card.reserved)
