@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -91,12 +91,21 @@ class Holdings:
 
     async def register(self, caller: Caller, asked: Registration, fds: Sequence[tuple[str, int]]) -> views.RegisteredView:
         """See `khod.core.service.Service`."""
-        return await self._registered(await self._register(caller, asked, fds, caller.keeper(asked.lifetime), caller.pid))
+        entry = await self._register(caller, asked, fds, lambda: caller.keeper(asked.lifetime), caller.pid)
+        return await self._registered(entry)
 
     async def _register(
-        self, caller: Caller, asked: Registration, fds: Sequence[tuple[str, int]], keeper: Presence | None, pid: int
+        self,
+        caller: Caller,
+        asked: Registration,
+        fds: Sequence[tuple[str, int]],
+        keeper: Callable[[], Presence | None],
+        pid: int,
     ) -> Entry:
-        """An entry in the registry, its descriptors in custody, that hangs on `keeper`, which is of process `pid`."""
+        """An entry in the registry, its descriptors in custody, that hangs on what `keeper` finds, which is of process `pid`.
+
+        `keeper` is asked in the same breath: a process that nothing hangs on is not watched for long.
+        """
         async with self.lock:
             try:
                 self._where.require_still("register an instance")
@@ -107,7 +116,11 @@ class Holdings:
                 for _, fd in fds:
                     self.machine.files.close(fd)
                 raise
-            self.keepers.hang(entry, keeper, pid)
+            presence = keeper()
+            if presence is None and asked.lifetime is not Lifetime.PERSISTENT:
+                await self._let_go(entry)
+                raise InvalidRequest(f"there is no process {pid} to keep {entry.label}")
+            self.keepers.hang(entry, presence, pid)
             await blocking(self.book.put, entry)
             return entry
 
@@ -120,9 +133,6 @@ class Holdings:
         """See `khod.core.service.Service`."""
         if asked.lifetime is Lifetime.CONNECTION:
             asked = replace(asked, lifetime=Lifetime.PROCESS)
-        keeper = self.keepers.watch(pid) if asked.lifetime is Lifetime.PROCESS else None
-        if keeper is None and asked.lifetime is Lifetime.PROCESS:
-            raise InvalidRequest(f"there is no process {pid} to keep {asked.name}")
         taken: list[tuple[str, int]] = []
         try:
             for fd_name, number in fds:
@@ -131,7 +141,9 @@ class Holdings:
             for _, fd in taken:
                 self.machine.files.close(fd)
             raise
-        return await self._registered(await self._register(caller, asked, taken, keeper, pid))
+        lasting = asked.lifetime is Lifetime.PERSISTENT
+        entry = await self._register(caller, asked, taken, lambda: None if lasting else self.keepers.watch(pid), pid)
+        return await self._registered(entry)
 
     async def note(self, entry: Entry) -> None:
         """Note how an entry stands now, unless it has been let go of."""

@@ -438,3 +438,41 @@ def test_what_requires_an_instance_that_ended_blocks_by_name(world: World) -> No
         assert (await world.jump()).state is State.RESTORED
 
     asyncio.run(scenario())
+
+
+class Fleeting(Link):
+    """A process that is watched only while something hangs on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        asyncio.get_running_loop().call_soon(self._look)
+
+    def _look(self) -> None:
+        self.there = bool(self._told)
+
+
+def test_what_is_adopted_hangs_on_the_process_it_was_taken_from(world: World) -> None:
+    async def scenario() -> None:
+        host = await world.khod()
+        fd = world.memory()
+        world.watch = lambda pid: Fleeting() if pid == world.workload.pid else None
+        world.kill(world.process)
+        host = await world.khod()
+        asked = world.asked("ram", lifetime=Lifetime.PROCESS)
+        await host.adopt(ME, asked, world.workload.pid, [("memory", fd)])
+        await asyncio.sleep(0)
+        await settled(world)
+        (entry,) = host.registry
+        assert isinstance(entry.keeper, Fleeting)
+        assert entry.keeper.there
+        entry.keeper.end()
+        await asyncio.sleep(0)
+        await settled(world)
+        assert not names(world)
+        other = world.kernel.spawn("gone")
+        theirs = world.memory(process=other)
+        with pytest.raises(InvalidRequest, match=f"no process {other.pid} to keep ram"):
+            await host.adopt(ME, asked, other.pid, [("memory", theirs)])
+        assert host.machine.custody.kept() == ["book"]
+
+    asyncio.run(scenario())
