@@ -62,7 +62,12 @@ def reckon(entries: Iterable[Entry], files: Files, figures: MemoryFigures, reser
             swapped += max(0, stat.allocated - stat.resident)
             resident += stat.resident
             pages += size // PAGE_SIZE
-        states += sum(StateArea.file_size(bound) for bound in entry.bounds)
+        # A copy touches all of what is copied. Huge pages come out of their pool.
+        copied = [files.stat(entry.fds[name]) for name in entry.declaration.made if name in entry.fds]
+        holes += sum(stat.size - stat.allocated for stat in copied if stat.kind == "guest_memfd")
+        for bound in entry.bounds:
+            states += StateArea.file_size(bound)
+            pages += StateArea.file_size(bound) // PAGE_SIZE
     parts = {
         "holes": holes,
         "swapped": swapped,

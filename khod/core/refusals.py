@@ -117,6 +117,7 @@ REFUSALS: dict[str, _Kinds] = {
     "frames": {EBADF: errors.BadDescriptor},
     "stat": _FILE,
     "hugetlb": {EINVAL: errors.Refused, ENOENT: errors.Refused, ENODEV: errors.Refused, ENOMEM: errors.OutOfMemory},
+    "guest_memfd": {ENOTTY: errors.Refused, EINVAL: errors.Refused, EBADF: errors.BadDescriptor, ENOMEM: errors.OutOfMemory},
     "specimen": dict.fromkeys((ENOENT, ENODEV, ENXIO, ENOTTY, EOPNOTSUPP, EINVAL, EACCES, EPERM, EBUSY), errors.Refused),
     "copy": {
         EBADF: errors.BadDescriptor,

@@ -72,7 +72,10 @@ class KernelFiles:
             flags = fcntl.fcntl(fd, fcntl.F_GETFL)
             seals = _seals(fd)
             kind = _kind(fd, status, sealable=seals is not None)
+            mappable = kind != "guest_memfd" or _mappable(fd)
             allocated = status.st_blocks * _BLOCK
+            if kind == "guest_memfd" and mappable:  # it counts no blocks
+                allocated = _in_memory(fd, status.st_size)
             return FileStat(
                 kind=kind,
                 size=status.st_size,
@@ -82,7 +85,7 @@ class KernelFiles:
                 seals=seals or 0,
                 readable=not flags & os.O_PATH and flags & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR),
                 writable=not flags & os.O_PATH and flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR),
-                mappable=kind != "guest_memfd" or _mappable(fd),
+                mappable=mappable,
                 page_size=os.fstatvfs(fd).f_bsize if kind == "hugetlb" else PAGE_SIZE,
             )
 
@@ -203,14 +206,18 @@ def _mappable(fd: int) -> bool:
 def _resident(fd: int, size: int, allocated: int) -> int:
     if not allocated or not _swap_in_use():
         return allocated
-    from khod.kernel.libc import Mapping  # ctypes: only hosts that swap pay for it
+    return min(_in_memory(fd, size), allocated)
+
+
+def _in_memory(fd: int, size: int) -> int:
+    from khod.kernel.libc import Mapping  # ctypes: only hosts that swap, or have guest_memfds, pay for it
 
     page = os.sysconf("SC_PAGESIZE")
     pages = 0
     for offset in range(0, size, WINDOW):
         with Mapping(fd, offset, min(WINDOW, size - offset)) as window:
             pages += sum(byte & 1 for byte in window.resident())
-    return min(pages * page, allocated)
+    return pages * page
 
 
 def _swap_in_use() -> bool:

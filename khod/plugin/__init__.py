@@ -5,11 +5,22 @@ from __future__ import annotations
 
 import pluggy
 
-from khod.core.driver import Declaration, Instance, Preserve, Probe, Request, StateArea, StateBound
+from khod.core.driver import (
+    Continuity,
+    Declaration,
+    Instance,
+    Preserve,
+    Probe,
+    Request,
+    StateArea,
+    StateBound,
+    Strategy,
+)
 
 hookimpl = pluggy.HookimplMarker("khod")
 
 __all__ = (
+    "Continuity",
     "Declaration",
     "Instance",
     "Preserve",
@@ -17,5 +28,6 @@ __all__ = (
     "Request",
     "StateArea",
     "StateBound",
+    "Strategy",
     "hookimpl",
 )

@@ -15,6 +15,7 @@ import khod_guestmemfd
 from khod.core.callers import Caller, Kind, Lifetime, Owner, Right
 from khod.core.host import Host
 from khod.core.keepers import Watch
+from khod.core.ports import Machine
 from khod.core.question import ANSWERED
 from khod.core.registry import Entry
 from khod.core.service import Registration
@@ -24,9 +25,10 @@ from khod.core.views import EventView, LifecycleView
 from khod.errors import Lost, UpdateFailed
 from khod.plugin import Declaration, Instance, Preserve, Request, StateBound, hookimpl
 from khod.plugin.manager import PluginManager
-from khod.simulated import Process, ProcessDied, create, machine
+from khod.simulated import Process, ProcessDied, Release, create, machine
 from khod.simulated.image import build
 from khod.simulated.kernel import Kernel
+from khod.simulated.layout import DEFAULT_CMDLINE
 
 MIB = 1 << 20
 ME = Caller.itself()
@@ -189,18 +191,32 @@ async def settled() -> None:
 class World:
     """A host: one kernel at a time, khod on it, and processes that use memory."""
 
-    def __init__(self, directory: Path, memory: int = 256 * MIB, settings: Settings = QUICK, *, systemd: bool = False) -> None:
-        self.directory = create(directory / "machine", memory=memory, systemd=systemd)
+    def __init__(
+        self,
+        directory: Path,
+        memory: int = 256 * MIB,
+        settings: Settings = QUICK,
+        *,
+        systemd: bool = False,
+        preserves: tuple[str, ...] = (),
+        huge_pages: int = 0,
+    ) -> None:
+        """`preserves`: kinds of files that its kernels take besides memfds; `huge_pages`: in their pools."""
+        cmdline = DEFAULT_CMDLINE + (f" hugepages={huge_pages}" if huge_pages else "")
+        self.directory = create(directory / "machine", memory=memory, cmdline=cmdline, systemd=systemd)
+        self.release = Release(preserves=preserves)
         self.image = directory / "bzImage"
         self.image.write_bytes(build())
         self.settings = settings
         self.plugins: list[Any] = []
         self.watch: Watch = lambda pid: None
+        self.fit: Callable[[Machine], Machine] = lambda ports: ports
+        """What khod's ports are put into."""
         self.boot()
 
     def boot(self) -> None:
         """Start the machine: the next kernel after a jump, a cold boot otherwise."""
-        self.kernel = Kernel.boot(self.directory)
+        self.kernel = Kernel.boot(self.directory, release=self.release)
         self.workload = self.kernel.spawn("workload")
 
     async def khod(self) -> Host:
@@ -214,7 +230,7 @@ class World:
         manager.register(khod_guestmemfd, "guestmemfd")
         for plugin in self.plugins:
             manager.register(plugin, plugin.name)
-        self.host = Host(machine(self.process), self.settings, manager, self.watch)
+        self.host = Host(self.fit(machine(self.process)), self.settings, manager, self.watch)
         self.told: list[str] = []
         """What systemd would hear while khod starts."""
         await self.host.start(self.told.append)

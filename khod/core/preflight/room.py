@@ -53,10 +53,15 @@ def _scratch(seen: Situation) -> Check:
 
 
 def _hugetlb(seen: Situation) -> Check:
-    """Pools that the target's command line asks for are made of what preserved memory and scratch leave."""
+    """Pools that the target's command line asks for are made of what preserved memory and scratch leave, and what is carried of
+    memory in huge pages is made anew in them."""
     if seen.target is None:
         return unknown("hugetlb", "no kernel is named yet")
     wanted = seen.target.options.huge_pages()
+    if seen.huge > wanted:
+        evidence = f"{seen.huge} bytes are to be made anew in huge pages, and the target's command line asks for {wanted}"
+        remedy = "raise hugepages= there; overridden, what makes no pool before khod starts leaves that memory damaged"
+        return blocker("hugetlb", evidence, remedy)
     if not wanted:
         return ok("hugetlb", "the target's command line asks for no huge pages")
     scratch = sum(area.end - area.start for area in seen.facts.scratch)

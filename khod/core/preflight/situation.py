@@ -94,6 +94,8 @@ class Situation:
     fleet_problem: str
     """Why that cannot be read."""
     target: Target | None
+    huge: int = 0
+    """Bytes that are to be made anew in the next kernel's pools of huge pages."""
     require: Continuity = Continuity.RESET
     """The least that every instance must be given."""
 
@@ -147,6 +149,7 @@ class Surveyor:
             fleet=fleet,
             fleet_problem=problem,
             target=self._target(image) if image else None,
+            huge=_huge(machine, entries),
             require=Continuity(self._settings.require),
         )
 
@@ -216,6 +219,11 @@ def read(image: Image) -> Target:
         initrd_size=initrd_size,
         initrd_head=initrd_head,
     )
+
+
+def _huge(machine: Machine, entries: Sequence[Entry]) -> int:
+    made = [machine.files.stat(entry.fds[name]) for entry in entries for name in entry.declaration.made if name in entry.fds]
+    return sum(stat.size for stat in made if stat.kind == "hugetlb")
 
 
 def _unfinished(entry: Entry) -> bool:

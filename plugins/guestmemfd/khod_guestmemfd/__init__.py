@@ -1,122 +1,198 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The driver for guest RAM in memfds: what Linux 7.3 preserves as it is.
+"""The driver for the memory of guests, whatever kind of file it is in.
 
-An instance is one or more memfds. Nothing is stopped or copied: the kernel carries the pages. What this driver is for is
-to turn down, at registration, what would come back otherwise than it went.
+An instance is one or more files. What the kernel preserves goes into its session as it is (`Strategy.NATIVE`): memfds, and of
+other kinds those of which it says so when tried. Any other is carried, if it can be: its bytes go into an ordinary memfd that
+was preserved beforehand, in freeze, when everything that could write to it stands still; from that it is made anew.
+
+- A guest_memfd belongs to its VM, and nobody but the next VMM can make another: it is handed the carrier, and runs on that, or
+  rebuilds (`khod.client.guest_memory`).
+- A hugetlb memfd is carried when asked for (`carry=yes`), for it takes as much ordinary memory; it is made again in huge pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
-from khod.abi import cells
-from khod.core.ports import (
-    F_SEAL_EXEC,
-    F_SEAL_FUTURE_WRITE,
-    F_SEAL_GROW,
-    F_SEAL_SHRINK,
-    F_SEAL_WRITE,
-    FileStat,
-    Machine,
-)
-from khod.errors import FormatError, InvalidRequest, Refused
-from khod.plugin import Declaration, Instance, Preserve, Request, hookimpl
+from khod.core.carrying import Crew, Interrupted, figure
+from khod.core.ports import Machine
+from khod.errors import FormatError, OutOfMemory, UpdateFailed
+from khod.plugin import Continuity, Declaration, Instance, Preserve, Request, StateBound, Strategy, hookimpl
+from khod_guestmemfd import properties
+from khod_guestmemfd.accepting import Options, accept, refusal
+from khod_guestmemfd.properties import Memory, carrier
 
-COMPATIBLE = "khod,guestmemfd-v1"
-SIZE_LIMIT = 1 << 40
-"""7.3 keeps 16 bytes a folio in one allocation, which fails from 1 TiB of 4 KiB pages on with a kernel warning."""
-_SEALS = {F_SEAL_SHRINK: "shrink", F_SEAL_GROW: "grow", F_SEAL_WRITE: "write", F_SEAL_FUTURE_WRITE: "future-write"}
-_KINDS = {
-    "hugetlb": "Linux 7.3 does not preserve hugetlb memfds; use an ordinary memfd, with huge folios by transparent huge"
-    " pages (shmem_enabled=always or MADV_HUGEPAGE)",
-    "guest_memfd": "Linux 7.3 does not preserve guest_memfds; use an ordinary memfd as the guest's memory",
-}
+logger = logging.getLogger(__name__)
+
+COMPATIBLE = ("khod,guestmemfd-v2", "khod,guestmemfd-v1")
+"""v1 knew no carriers and no hashes."""
+Made = TypeVar("Made")
 
 
 @hookimpl
-def khod_compatible() -> str:
-    """The string of this version's nodes."""
+def khod_compatible() -> Sequence[str]:
+    """The string of this version's nodes, and those of the version before."""
     return COMPATIBLE
 
 
 @hookimpl
 def khod_declare(machine: Machine, request: Request) -> Declaration:
-    """Accept memfds that come back as they went."""
-    if not request.fds:
-        raise InvalidRequest(f"{request.name}: a guestmemfd instance needs at least one memfd")
-    if request.options:
-        raise InvalidRequest(f"{request.name}: guestmemfd takes no options, {sorted(request.options)} given")
-    stats = {name: machine.files.stat(fd) for name, fd in request.fds.items()}
-    for name, stat in stats.items():
-        if reason := _refusal(stat):
-            raise Refused(f"{request.name}: descriptor {name!r} cannot be carried across: {reason[0]}", hint=reason[1])
+    """Accept what comes back as it went, or can be carried."""
+    options = Options.parse(request)
+    memories = accept(machine, request, options)
+    kept, copied = [m for m in memories if not m.carried], [m for m in memories if m.carried]
     return Declaration(
-        compatible=COMPATIBLE,
-        fds=tuple(Preserve(name, fd) for name, fd in request.fds.items()),
-        properties={
-            "memory-sizes": cells.u64s([s.size for s in stats.values()]),
-            "memory-seals": cells.u64s([s.seals for s in stats.values()]),
-        },
-        size=sum(s.size for s in stats.values()),
+        compatible=COMPATIBLE[0],
+        fds=tuple(Preserve(m.name, request.fds[m.name], folios=m.kind == "memfd") for m in kept),
+        states=tuple(StateBound(carrier(m.name), m.size, bulk=True) for m in copied),
+        properties=properties.encode(memories, hashed={m.name for m in memories if options.wants_hash(m.carried)}),
+        size=sum(m.size for m in memories),
+        made=tuple(m.name for m in copied),
+        strategy=Strategy.CARRIED if copied else Strategy.NATIVE,
+        continuity=Continuity.REBUILT if copied else Continuity.PRESERVED,
     )
-
-
-def _refusal(stat: FileStat) -> tuple[str, str] | None:
-    """Why this file is turned down, and what to do; None if it is not."""
-    if stat.kind != "memfd":
-        return f"it is a {stat.kind} file, not a memfd", _KINDS.get(stat.kind, "give the memfd that backs the memory")
-    if stat.seals & F_SEAL_EXEC:
-        return (
-            "it is sealed with F_SEAL_EXEC, and the kernel would give it back read-only",
-            "create it with MFD_EXEC; the sysctl vm.memfd_noexec=1 makes F_SEAL_EXEC the default",
-        )
-    if stat.size >= SIZE_LIMIT:
-        return f"it has {stat.size} bytes, and Linux 7.3 preserves files below {SIZE_LIMIT}", "use several memfds"
-    return None
 
 
 @hookimpl
 def khod_check(instance: Instance) -> Sequence[str]:
-    """A memfd may have changed since it was registered: it was not preserved until now (decision 1)."""
+    """A file may have changed since it was registered: it was not preserved until now (decision 1)."""
     problems = []
-    for name, fd in instance.fds.items():
-        if reason := _refusal(instance.machine.files.stat(fd)):
-            problems.append(f"{instance.name}: descriptor {name!r}: {reason[0]}; {reason[1]}")
+    for memory in properties.decode(instance):
+        stat = instance.machine.files.stat(instance.fds[memory.name])
+        if reason := refusal(stat, native=not memory.carried):
+            problems.append(f"{instance.name}: descriptor {memory.name!r}: {reason[0]}; {reason[1]}")
+        elif memory.carried and stat.size != memory.size:
+            problems.append(
+                f"{instance.name}: descriptor {memory.name!r} has {stat.size} bytes, and had {memory.size} when it was"
+                " registered: what it would be copied into is of that size; register it again"
+            )
     return problems
 
 
 @hookimpl
-def khod_freeze(instance: Instance) -> Mapping[str, bytes]:
-    """Sizes and seals as they are at the end; nothing is stopped, for nothing of ours runs."""
-    stats = [instance.machine.files.stat(fd) for fd in instance.fds.values()]
-    return {
-        "memory-sizes": cells.u64s([s.size for s in stats]),
-        "memory-seals": cells.u64s([s.seals for s in stats]),
-    }
+async def khod_freeze(instance: Instance) -> Mapping[str, bytes]:
+    """Copy what is carried, hash what is to be compared, and note sizes and seals as they are at the end."""
+    return await _working(_freeze, instance, lambda _: None)
+
+
+async def _working(work: Callable[[Instance, Crew], Made], instance: Instance, discard: Callable[[Made], None]) -> Made:
+    """Work in a thread. When the caller is cancelled, it is interrupted and ends before this does: descriptors are closed next,
+    and nobody may write to their numbers any more. What it made all the same is handed to `discard`."""
+    crew = Crew()
+    task = asyncio.ensure_future(asyncio.to_thread(work, instance, crew))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        crew.interrupt()
+        await asyncio.wait([task])
+        if (failure := task.exception()) is None:
+            discard(task.result())
+        elif not isinstance(failure, Interrupted):
+            logger.warning("%s: interrupted, and failed with %r", instance.name, failure)
+        raise
+
+
+def _freeze(instance: Instance, crew: Crew) -> Mapping[str, bytes]:
+    files = instance.machine.files
+    memories = []
+    for memory in properties.decode(instance):
+        fd = instance.fds[memory.name]
+        stat = files.stat(fd)
+        digest, took = b"", 0
+        if memory.carried:
+            if stat.size != memory.size:
+                raise UpdateFailed(
+                    f"{instance.name}: {memory.name!r} has {stat.size} bytes, its carrier {memory.size}",
+                    hint="register it again, and seal it against changes of size",
+                )
+            area = instance.states[carrier(memory.name)].fd
+            took = crew.copy(f"{instance.name}: copying {memory.name!r}", files, fd, area, stat.size, stat.page_size)
+            fd = area
+        if memory.digest:
+            digest = crew.digest(files, fd, stat.size)
+        memories.append(memory.seen(stat.size, stat.seals, digest, took))
+    return properties.encode(memories, hashed=frozenset(m.name for m in memories if m.digest))
 
 
 @hookimpl
 def khod_describe(instance: Instance) -> Mapping[str, str]:
-    """Sizes, holes and seals."""
+    """Sizes, holes and seals; what is carried, and how fast that was when it was last done."""
     text = {}
-    for name, fd in instance.fds.items():
-        stat = instance.machine.files.stat(fd)
-        seals = ",".join(word for bit, word in _SEALS.items() if stat.seals & bit)
-        text[name] = f"memfd, {stat.size} bytes, {stat.allocated} allocated" + (f", sealed {seals}" if seals else "")
+    for memory in properties.decode(instance):
+        stat = instance.machine.files.stat(instance.fds[memory.name])
+        words = [f"{stat.kind}, {stat.size} bytes"]
+        words.append(f"{stat.allocated} allocated" if stat.kind == "memfd" else f"in pages of {stat.page_size}")
+        if seals := properties.sealed(stat.seals):
+            words.append(f"sealed {seals}")
+        if memory.carried:
+            words.append("copied in freeze" + (f" ({figure(memory.size, memory.took)})" if memory.took else ""))
+        if memory.digest:
+            words.append("every byte compared")
+        text[memory.name] = ", ".join(words)
     return text
 
 
 @hookimpl
-def khod_restore(instance: Instance) -> None:
-    """Same sizes as they had. Seals that were set after the preserve are not carried by the kernel: set them again."""
+async def khod_restore(instance: Instance) -> Mapping[str, int]:
+    """Same sizes and, where they were hashed, the same bytes as they had. What was carried is made anew. Seals that were set
+    after the preserve are not carried by the kernel: set them again."""
+
+    def close(made: Mapping[str, int]) -> None:
+        for fd in made.values():
+            instance.machine.files.close(fd)
+
+    return await _working(_restore, instance, close)
+
+
+def _restore(instance: Instance, crew: Crew) -> Mapping[str, int]:
     files = instance.machine.files
-    sizes = cells.as_u64s(instance, "memory-sizes")
-    seals = cells.as_u64s(instance, "memory-seals")
-    if not len(sizes) == len(seals) == len(instance.fds):
-        raise FormatError(f"{instance.name}: {len(sizes)} sizes and {len(seals)} seals for {len(instance.fds)} memfds")
-    for (name, fd), size, wanted in zip(instance.fds.items(), sizes, seals, strict=True):
-        stat = files.stat(fd)
-        if stat.size != size:
-            raise FormatError(f"{instance.name}: memfd {name!r} came back with {stat.size} bytes, it had {size}")
-        if missing := wanted & ~stat.seals:
-            files.add_seals(fd, missing)
+    made: dict[str, int] = {}
+    try:
+        for memory in properties.decode(instance):
+            fd = _retrieved(instance, memory)
+            size = files.stat(fd).size
+            if (memory.carried and size < memory.size) or (not memory.carried and size != memory.size):
+                raise FormatError(f"{instance.name}: memfd {memory.name!r} came back with {size} bytes, it had {memory.size}")
+            if memory.digest and crew.digest(files, fd, memory.size) != memory.digest:
+                raise FormatError(f"{instance.name}: the bytes of {memory.name!r} are not those that were frozen")
+            if memory.carried:
+                made[memory.name] = fd = _made(instance, memory, fd, crew)
+            if missing := memory.seals & ~files.stat(fd).seals:
+                files.add_seals(fd, missing)
+    except BaseException:
+        for fd in made.values():
+            files.close(fd)
+        raise
+    return made
+
+
+def _retrieved(instance: Instance, memory: Memory) -> int:
+    """What came through of it. Raises FormatError."""
+    found = instance.states.get(carrier(memory.name)) if memory.carried else instance.fds.get(memory.name)
+    if found is None:
+        raise FormatError(f"{instance.name}: {memory.name!r} is noted, and did not come through with it")
+    return found if isinstance(found, int) else found.fd
+
+
+def _made(instance: Instance, memory: Memory, area: int, crew: Crew) -> int:
+    """What its owner gets for what was carried: owned by the caller."""
+    files = instance.machine.files
+    if memory.kind != "hugetlb":
+        return files.duplicate(area)
+    pages, free = memory.size // memory.page_size, instance.machine.memory.free_huge_pages(memory.page_size)
+    if pages > free:
+        raise OutOfMemory(
+            f"{instance.name}: {memory.name!r} needs {pages} huge pages of {memory.page_size} bytes and {free} are free:"
+            f" {pages - free} are missing; its bytes are kept in ordinary memory",
+            hint="give the new kernel as many (hugepages= on its command line)",
+        )
+    fd = files.hugetlb(memory.name, memory.size, memory.page_size)
+    try:
+        crew.copy(f"{instance.name}: copying {memory.name!r} back", files, area, fd, memory.size, memory.page_size)
+    except BaseException:
+        files.close(fd)
+        raise
+    return fd

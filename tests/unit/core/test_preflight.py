@@ -113,6 +113,8 @@ FIRING: list[tuple[str, Verdict, str, Change]] = [
     ("scratch", Verdict.BLOCKER, "and the initrd", facts(scratch=(Range(32 * MIB, 33 * MIB),))),
     ("scratch", Verdict.UNKNOWN, "cannot be told", facts(scratch=())),
     ("hugetlb", Verdict.WARNING, "8589934592", cmdline(f"{CMDLINE} hugepagesz=1G hugepages=8")),
+    ("hugetlb", Verdict.BLOCKER, "8388608 bytes are to be made anew in huge pages",
+     both(seen(huge=8 << 20), cmdline(f"{CMDLINE} hugepages=3"))),
     ("instance:vm-1", Verdict.BLOCKER, "hugetlb", seen(instances=(Instance(label="vm-1", objections=("vm-1: hugetlb",)),))),
     ("client:vm-1", Verdict.BLOCKER, "subscribed", seen(instances=(Instance(label="vm-1", objections=(), deserted=True),))),
     ("client:vm-1", Verdict.WARNING, "left behind",

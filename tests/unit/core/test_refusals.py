@@ -27,6 +27,7 @@ DOCUMENTED = {
     "session_name": "EBADF BadDescriptor, ENOTTY NotASession",
     "memfd": "ENOMEM OutOfMemory",
     "hugetlb": "EINVAL Refused, ENOENT Refused, ENODEV Refused, ENOMEM OutOfMemory",
+    "guest_memfd": "ENOTTY Refused, EINVAL Refused, EBADF BadDescriptor, ENOMEM OutOfMemory",
     "specimen": "ENOENT Refused, ENODEV Refused, ENXIO Refused, ENOTTY Refused, EOPNOTSUPP Refused, EINVAL Refused,"
     " EACCES Refused, EPERM Refused, EBUSY Refused",
     "copy": "EBADF BadDescriptor, ENOMEM OutOfMemory, ENODEV Refused, EACCES Refused, EPERM Refused, EFAULT Refused",

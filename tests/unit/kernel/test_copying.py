@@ -6,10 +6,13 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from khod.abi import kvm
+from khod.client import guest_memory
+from khod.core.carrying import Crew
 from khod.errors import OutOfMemory, Refused
 from khod.kernel.files import KernelFiles
 from khod.kernel.memory import KernelMemory
@@ -67,7 +70,38 @@ def test_one_that_only_the_guest_sees_is_known_by_that(files: KernelFiles, flags
 
 
 def test_one_that_is_shared_is_known_too(files: KernelFiles, shared: int) -> None:
-    assert files.stat(shared).mappable is True
+    stat = files.stat(shared)
+    assert (stat.mappable, stat.allocated) == (True, 4096), "looking at it takes one page of it"
+    files.copy(files.memfd("source", SIZE), shared, HUGE, HUGE)
+    assert files.stat(shared).allocated == HUGE + 4096
+
+
+def test_a_vmm_rebuilds_its_memory_from_the_carrier(files: KernelFiles, shared: int) -> None:
+    """What khod does in the old kernel and a VMM in the new one, without the jump between."""
+    contents = os.urandom(SIZE)
+    first, carrier, seen = files.memfd("first", SIZE), files.memfd("carrier", SIZE), files.memfd("seen", SIZE)
+    files.write(first, 0, contents)
+    files.copy(first, shared, 0, SIZE)
+    Crew().copy("out", files, shared, carrier, SIZE, 4096)
+    device = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    machine = fcntl.ioctl(device, kvm.KVM_CREATE_VM, 0)
+    rebuilt = guest_memory.rebuild(machine, carrier)
+    stat = files.stat(rebuilt)
+    assert (stat.kind, stat.size, stat.mappable) == ("guest_memfd", SIZE, True)
+    assert stat.inode != files.stat(shared).inode
+    assert not os.get_inheritable(rebuilt)
+    files.copy(rebuilt, seen, 0, SIZE)
+    assert files.read(seen, 0, SIZE) == contents
+    with pytest.raises(Refused, match="flags 0x80"):
+        guest_memory.rebuild(machine, carrier, flags=0x80)
+    with pytest.raises(Refused, match="guest_memfd"):
+        guest_memory.rebuild(first, carrier)
+    before = len([*Path("/proc/self/fd").iterdir()])
+    with pytest.raises(Refused):
+        guest_memory.rebuild(machine, carrier, flags=0)  # which nobody can copy into
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+    for fd in (first, carrier, seen, rebuilt, machine, device):
+        os.close(fd)
 
 
 def test_huge_pages_that_are_missing_are_an_error_and_no_signal(files: KernelFiles) -> None:
