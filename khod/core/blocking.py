@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -25,12 +26,18 @@ async def opening(close: Callable[[int], Any], function: Callable[P, int], /, *a
     return await uninterrupted(asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs)), close)
 
 
-async def uninterrupted(call: asyncio.Future[T], discard: Callable[[T], Any]) -> T:
-    """Wait for a call to end even when the waiting is cancelled; what it then gives is handed to `discard`."""
+async def uninterrupted(
+    call: asyncio.Future[T], discard: Callable[[T], Any], interrupt: Callable[[], None] = lambda: None
+) -> T:
+    """Wait for a call to end even when the waiting is cancelled, however often: by an abort, and then by a deadline. What it
+    gives after that is handed to `discard`. `interrupt` is called when it is cancelled, to have the call end soon."""
     try:
         return await asyncio.shield(call)
     except asyncio.CancelledError:
-        await asyncio.wait([call])
+        interrupt()
+        while not call.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([call])
         if not call.cancelled() and call.exception() is None:
             discard(call.result())
         raise

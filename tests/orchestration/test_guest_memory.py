@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from khod.core.carrying import PIECE
 from khod.core.driver import Continuity
 from khod.core.ports import F_SEAL_GROW, F_SEAL_SHRINK, Machine
 from khod.core.state import State
@@ -358,5 +359,40 @@ def test_how_fast_it_was_is_told(world: World) -> None:
         assert f"copied in freeze ({SIZE} bytes in " in (await only(world)).detail["memory"]
         await world.host.abort()
         await asyncio.wait([task])
+
+    asyncio.run(scenario())
+
+
+def test_a_copy_that_is_aborted_ends_before_its_carrier_is_closed(tmp_path: Path) -> None:
+    """Its descriptor's number may be another file's a moment later."""
+    pieces = 20
+    started, proceed = threading.Event(), threading.Event()
+    copied: list[int] = []
+
+    class Slow(ports.Files):
+        def copy(self, source: int, target: int, offset: int, length: int) -> None:
+            started.set()
+            proceed.wait(20)
+            copied.append(self.stat(target).size)
+
+    async def scenario() -> None:
+        world = World(tmp_path, memory=1024 * MIB, settings=replace(QUICK, freezing=1))
+        world.fit = lambda machine: replace(machine, files=Slow(world.process))
+        host = await world.khod()
+        fd = filled(world, "guest_memfd", pieces * PIECE)
+        await world.register("vm-1", fd)
+        update = asyncio.create_task(world.update())
+        assert await asyncio.to_thread(started.wait, 20)
+        abort = asyncio.create_task(host.abort())
+        # The second time by the deadline of freezing: it passes for an abort that hangs as well.
+        await asyncio.wait([abort, update], timeout=1.5 * world.settings.freezing)
+        assert world.kernel.luo.outgoing, "the carrier stays for as long as somebody copies"
+        proceed.set()
+        await asyncio.wait([abort, update])
+        assert isinstance(update.exception(), UpdateFailed)
+        assert 0 < len(copied) < pieces
+        assert set(copied) == {pieces * PIECE}, "each copied into the carrier"
+        assert not world.kernel.luo.outgoing
+        assert world.workload.peek(fd, 0, 4) == b"0000"
 
     asyncio.run(scenario())

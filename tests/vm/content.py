@@ -21,7 +21,7 @@ def marked(size: int) -> bytearray:
     return bytearray(words.tobytes())
 
 
-def _chunks(size: int) -> Iterator[tuple[int, bytearray]]:
+def chunks(size: int) -> Iterator[tuple[int, bytearray]]:
     """What `fill` writes, and where: equal chunks but for their number at byte 8."""
     chunk = marked(min(size, CHUNK))
     for offset in range(0, size, CHUNK):
@@ -31,10 +31,10 @@ def _chunks(size: int) -> Iterator[tuple[int, bytearray]]:
 
 def fill(fd: int, size: int) -> None:
     """Mark every page of a file."""
-    for offset, chunk in _chunks(size):
+    for offset, chunk in chunks(size):
         os.pwrite(fd, chunk, offset)
 
 
 def filled(fd: int, size: int) -> bool:
     """Whether every byte of a file is as `fill` made it."""
-    return all(os.pread(fd, len(chunk), offset) == chunk for offset, chunk in _chunks(size))
+    return all(os.pread(fd, len(chunk), offset) == chunk for offset, chunk in chunks(size))

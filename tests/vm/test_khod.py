@@ -87,3 +87,25 @@ def test_a_corrupt_map_is_no_verdict_on_the_memory(vm: Play) -> None:
     assert "vm-1" in result.facts("told to end")["status"], "nobody else holds its memory (decision 25)"
     assert result.facts("claimed") == {"answer": "fds", "intact": True}
     assert result.facts("finished") == {"state": "idle"}
+
+
+@pytest.mark.full
+def test_memory_that_linux_does_not_preserve_is_carried_twice(vm: Play) -> None:
+    result = vm("guest_memory", memory="3G", cpu="max", cmdline=("hugepages=4",), stage_deadline=250, deadline=600).require()
+    refused = result.facts("refused")
+    assert "nobody but the guest can read it" in refused["private"]
+    assert "nobody but the guest can read it" in refused["unseen"]
+    assert "takes 4194304 bytes of ordinary memory" in refused["huge"]
+    assert "carry=yes" in refused["huge"]
+    assert result.facts("taken") == {"ram": "", "huge": ""}
+    for name in ("ram", "huge"):
+        state, strategy, continuity, detail, problem = result.facts("frozen 0")["seen"][name]
+        assert (state, strategy, continuity, problem) == ("frozen", "carried", "rebuilt", "")
+        assert "MiB/s" in detail
+    through = result.facts("came through")
+    assert [through["states"][name][0] for name in ("ram", "huge")] == ["restored", "restored"]
+    assert (through["carrier"], through["rebuilt"], through["huge"], through["page_size"]) == (True, True, True, 2 << 20)
+    frozen = result.facts("frozen 1")["seen"]
+    assert {name: seen[1] for name, seen in frozen.items()} == {"ram": "native", "huge": "carried", "rebuilt": "carried"}
+    again = result.facts("again")
+    assert (again["carrier"], again["rebuilt"], again["huge"]) == ("second", True, True)

@@ -13,19 +13,17 @@ was preserved beforehand, in freeze, when everything that could write to it stan
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from khod.core.carrying import Crew, Interrupted, figure
+from khod.core.blocking import uninterrupted
+from khod.core.carrying import Crew, figure
 from khod.core.ports import Machine
 from khod.errors import FormatError, OutOfMemory, UpdateFailed
 from khod.plugin import Continuity, Declaration, Instance, Preserve, Request, StateBound, Strategy, hookimpl
 from khod_guestmemfd import properties
 from khod_guestmemfd.accepting import Options, accept, refusal
 from khod_guestmemfd.properties import Memory, carrier
-
-logger = logging.getLogger(__name__)
 
 COMPATIBLE = ("khod,guestmemfd-v2", "khod,guestmemfd-v1")
 """v1 knew no carriers and no hashes."""
@@ -82,17 +80,7 @@ async def _working(work: Callable[[Instance, Crew], Made], instance: Instance, d
     """Work in a thread. When the caller is cancelled, it is interrupted and ends before this does: descriptors are closed next,
     and nobody may write to their numbers any more. What it made all the same is handed to `discard`."""
     crew = Crew()
-    task = asyncio.ensure_future(asyncio.to_thread(work, instance, crew))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        crew.interrupt()
-        await asyncio.wait([task])
-        if (failure := task.exception()) is None:
-            discard(task.result())
-        elif not isinstance(failure, Interrupted):
-            logger.warning("%s: interrupted, and failed with %r", instance.name, failure)
-        raise
+    return await uninterrupted(asyncio.ensure_future(asyncio.to_thread(work, instance, crew)), discard, crew.interrupt)
 
 
 def _freeze(instance: Instance, crew: Crew) -> Mapping[str, bytes]:
