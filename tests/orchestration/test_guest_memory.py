@@ -7,6 +7,7 @@ import asyncio
 import errno
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,7 +19,7 @@ from khod.core.driver import Continuity
 from khod.core.ports import F_SEAL_GROW, F_SEAL_SHRINK, Machine
 from khod.core.state import State
 from khod.core.views import InstanceView
-from khod.errors import InvalidRequest, Refused, UpdateFailed
+from khod.errors import InvalidRequest, KhodError, Refused, UpdateFailed
 from khod.plugin import Declaration, Instance, Preserve, Request, hookimpl
 from khod.simulated import ProcessDied, ports
 from tests.orchestration.world import ME, MIB, QUICK, World
@@ -213,7 +214,7 @@ def test_what_a_device_wrote_last_is_found_after_the_jump(world: World) -> None:
         task = await world.held(State.PREPARED)
         device.dma()
         await world.host.proceed()
-        await asyncio.wait([task])
+        await asyncio.gather(task, return_exceptions=True)
         world.boot()
         await world.khod()
         process, mine = await world.claimed("vm-1")
@@ -265,7 +266,7 @@ def test_bytes_that_change_on_the_way_are_found(world: World, carried: bool) -> 
         # The sample is taken already; where it has this page, its difference is told first.
         world.process.poke(fd, MIB + 77, b"!")
         await world.host.proceed()
-        await asyncio.wait([task])
+        await asyncio.gather(task, return_exceptions=True)
         world.boot()
         await world.khod()
         view = await only(world)
@@ -331,7 +332,7 @@ def test_a_copy_that_fails_or_is_aborted_leaves_the_guest_as_it_was(world: World
         assert not world.kernel.luo.outgoing
         task = await world.held(State.FROZEN)
         await world.host.abort()
-        await asyncio.wait([task])
+        await asyncio.gather(task, return_exceptions=True)
         assert not world.kernel.luo.outgoing
         assert world.workload.peek(fd, SIZE - 4, 4) == f"{(SIZE - 4) % 1000:04}".encode()
         assert (await world.jump()).state is State.RESTORED
@@ -358,7 +359,7 @@ def test_how_fast_it_was_is_told(world: World) -> None:
         task = await world.held(State.FROZEN)
         assert f"copied in freeze ({SIZE} bytes in " in (await only(world)).detail["memory"]
         await world.host.abort()
-        await asyncio.wait([task])
+        await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(scenario())
 
@@ -394,5 +395,68 @@ def test_a_copy_that_is_aborted_ends_before_its_carrier_is_closed(tmp_path: Path
         assert set(copied) == {pieces * PIECE}, "each copied into the carrier"
         assert not world.kernel.luo.outgoing
         assert world.workload.peek(fd, 0, 4) == b"0000"
+
+    asyncio.run(scenario())
+
+
+async def both(world: World) -> list[int]:
+    """One instance of two files that are carried; the workload's descriptors."""
+    await world.khod()
+    mine = [filled(world, kind) for kind in ("guest_memfd", "hugetlb")]
+    fds = list(zip(("gmem", "huge"), (world.workload.give(fd, world.process) for fd in mine), strict=True))
+    await world.host.register(ME, world.asked("vm-1", options={"carry": "yes"}), fds)
+    return mine
+
+
+def test_a_failure_at_any_call_before_the_jump_undoes_all_of_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, huge_pages=POOL)
+        mine = await both(world)
+        before = [world.workload.peek(fd, 0, SIZE) for fd in mine]
+        with world.kernel.faults.recorded(world.process.pid) as calls:
+            task = await world.held(State.FROZEN)
+            await world.host.abort()
+            await asyncio.gather(task, return_exceptions=True)
+        assert {"memfd", "preserve_fd", "copy", "read", "write"} <= set(calls)
+        undone = set()
+        for call in sorted(set(calls)):
+            for nth in (1, calls.count(call)):
+                world.kernel.faults.fail(call, errno.EIO, nth=nth, pid=world.process.pid)
+                try:
+                    task = await world.held(State.FROZEN)
+                except KhodError as error:
+                    undone.add(call)
+                    assert "copy" not in str(error) or "EIO" in str(error)
+                else:  # it came after the jump would have, or nobody minds
+                    with suppress(KhodError):
+                        await world.host.abort()
+                    await asyncio.gather(task, return_exceptions=True)
+                world.kernel.faults.clear()
+                if world.host.state is State.FAILED:
+                    await world.host.abort()
+                assert not world.kernel.luo.outgoing, call
+                assert [world.workload.peek(fd, 0, SIZE) for fd in mine] == before, call
+        assert {"memfd", "create_session", "preserve_fd", "copy", "read", "stat"} <= undone
+        assert (await world.jump()).state is State.RESTORED
+        assert (await only(world)).state == "restored"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("call", ["copy", "hugetlb", "free_huge_pages", "duplicate"])
+def test_a_failure_while_it_is_made_anew_damages_and_keeps_every_byte(tmp_path: Path, call: str) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, huge_pages=POOL)
+        await both(world)
+        await world.jump_away()
+        process = world.kernel.spawn("khod")
+        world.kernel.faults.fail(call, errno.EIO, pid=process.pid)
+        await world.khod_in(process)
+        view = await only(world)
+        assert (view.state, "EIO" in view.problem) == ("damaged", True), view.problem
+        assert sorted(world.entry("vm-1").states) == ["carrier-gmem", "carrier-huge"]
+        for area in world.entry("vm-1").states.values():
+            assert process.peek(area.fd, SIZE - 4, 4) == f"{(SIZE - 4) % 1000:04}".encode()
+        assert world.host.machine.memory.free_huge_pages(HUGE) == POOL, "what was begun is let go of"
 
     asyncio.run(scenario())
