@@ -25,6 +25,8 @@ from typing import Any
 PORT = "khod.verdict"
 LISTEN_FD = 3
 """The socket of ``khod-lab.socket`` (SD_LISTEN_FDS_START): what is told before we are there waits in it."""
+ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+"""Of a command: a shell's, without what the service manager told us alone."""
 METADATA = Path("/sys/kernel/debug/kho/in/sub_fdts/kexec-metadata")
 
 
@@ -74,7 +76,9 @@ class Agent:
 
     def _run(self, id: int, argv: list[str], input: str, seconds: float) -> None:
         try:
-            done = subprocess.run(argv, input=input.encode(), capture_output=True, timeout=seconds, check=False)
+            done = subprocess.run(
+                argv, input=input.encode(), capture_output=True, timeout=seconds, check=False, env=ENVIRONMENT
+            )
             status, out, err = done.returncode, done.stdout, done.stderr
         except subprocess.TimeoutExpired as late:
             status, out, err = 124, late.stdout or b"", (late.stderr or b"") + f"\nended after {seconds} s".encode()
