@@ -232,7 +232,9 @@ class DeviceCalls:
     def map_file(self, task: Task, fd: int, ioas: int, memory: int, mapping: Sequence[int]) -> None:
         """IOMMU_IOAS_MAP_FILE."""
         space, new, file = self._space(task, fd, ioas), Mapping(*mapping), task.file(memory)
-        if not isinstance(file.inode, Shmem) or file.inode.kind != "memfd" or new.offset + new.length > file.inode.stat().size:
+        # memfd_pin_folios() takes shmem and hugetlbfs, and nothing else.
+        mappable = isinstance(file.inode, Shmem) and file.inode.kind in ("memfd", "hugetlb")
+        if not mappable or new.offset + new.length > file.inode.stat().size:
             raise _bad(errno.EINVAL, f"descriptor {memory} has no such memory")
         if not new.protection & (IOMMU_IOAS_MAP_READABLE | IOMMU_IOAS_MAP_WRITEABLE):
             raise _bad(errno.EINVAL, "neither readable nor writeable")
