@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""khoctl inspect across a real kexec: out of the kernel's own structures, the same frames that its pagemap shows."""
+
+from __future__ import annotations
+
+import pytest
+
+from khod.inspect.views import KHOD
+from tests.vm.conftest import Play
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
+OWN = {"khod, its folio map", "khod, its handover tree"}
+
+
+def test_inspect_lists_the_frames_that_pagemap_does(vm: Play) -> None:
+    result = vm("inspection", cmdline=("reserve_mem=2M:4096:khodlog",), stage_deadline=150, deadline=350).require()
+    for name in ("cold", "again"):
+        seen = result.facts(name)
+        assert seen["format"].startswith("kho-v4"), seen
+        assert seen["balanced"], seen
+        assert seen["unknown"] < 16, seen
+        compared = result.facts(f"{name} compared")
+        assert set(compared["names"]) == {"ram", "odd", "thp", *OWN}, compared
+        assert all(compared["equal"].values()), compared
+        assert set(compared["by"].values()) == {KHOD}
+        assert compared["addr"][:3] == [True, 0, True]
+        assert any(said.startswith("ram of ") for said in compared["addr"][3])
+        assert compared["map_lists"]
+        assert compared["sessions"] == 4, "one an instance, and khod's own"
+    assert result.facts("cold compared")["huge"] == {"9": 2}
+    assert "sessions and files" in result.facts("cold")["missing"]
+    assert result.facts("cold")["reservations"] == ["khodlog"]
+    landed = result.facts("landed")
+    assert landed["incoming"]["kexec_count"] == 1
+    assert "incoming map of preserved folios" in landed["missing"]
+    assert all(result.facts("in place")["equal"].values())
+    assert result.facts("in place")["listed"]
