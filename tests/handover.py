@@ -186,6 +186,11 @@ class Made:
         first, pages = records(memory, self.huge)
         return memory.new(struct.pack("<QQIIQQIHH", 0, 1024 * PAGE, 0, 0, 2, first, pages, 1, 0))
 
+    def special(self) -> list[int]:
+        """All pages that something is read out of."""
+        small = {pfn << 12 for pfn, _, _ in self.small}
+        return [at for at in self.memory.pages if at not in small]
+
     def write_root(self) -> None:
         children = [RawNode(n, {"blob-size": u64(size), "preserved-data": u64(at)}) for n, (at, size) in self.blobs.items()]
         root = RawNode("", {"compatible": b"kho-v4\0", "preserved-memory-map": u64(self.map)}, tuple(children))

@@ -21,6 +21,7 @@ _V2 = Struct("<QQIIQQIHH")  # pos, size, seals, flags, nr_folios, folios
 _CHUNK = Struct("<512Q")  # next, then addresses up to a zero
 _FOLIO = Struct("<QQ")  # pfn and flags, index
 _PFN_BITS = 52
+PFN_MASK = (1 << _PFN_BITS) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +72,24 @@ def decode(compatible: str, memory: PhysicalMemory, phys: int) -> Memfd:
 
 def folios(memory: PhysicalMemory, memfd: Memfd) -> Iterator[Record]:
     """Its folios, in the order of the file. Raises FormatError."""
-    left = memfd.folios
+    for page in record_pages(memory, memfd):
+        for word, index in _FOLIO.iter_unpack(page):
+            yield Record(word & PFN_MASK, word >> _PFN_BITS, index)
+
+
+def record_pages(memory: PhysicalMemory, memfd: Memfd) -> Iterator[bytes]:
+    """The records themselves, a page of them at a time: of each, a word of pfn and flags, and the index. Raises FormatError."""
+    left = memfd.folios * _FOLIO.size
     for piece, chunk in storage(memory, memfd.records):
         if chunk:
             continue
-        if left == 0:
-            return
         for start in range(piece, piece + (PAGE_SIZE << memfd.records.order), PAGE_SIZE):
-            page = pages.read(memory, start, PAGE_SIZE, "memfd: records")
-            for word, index in _FOLIO.iter_unpack(page[: min(left, PAGE_SIZE // _FOLIO.size) * _FOLIO.size]):
-                yield Record(word & (1 << _PFN_BITS) - 1, word >> _PFN_BITS, index)
-                left -= 1
+            if left == 0:
+                return
+            yield (page := pages.read(memory, start, PAGE_SIZE, "memfd: records")[:left])
+            left -= len(page)
     if left:
-        raise FormatError(f"memfd: {left} of its {memfd.folios} folios have no record")
+        raise FormatError(f"memfd: {left // _FOLIO.size} of its {memfd.folios} folios have no record")
 
 
 def storage(memory: PhysicalMemory, area: Vmalloc) -> Iterator[tuple[int, bool]]:

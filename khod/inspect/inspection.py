@@ -12,6 +12,7 @@ from typing import Any
 from khod.abi import kexec_handover
 from khod.core.views import InspectionView
 from khod.errors import FormatError, KhodError
+from khod.folio.units import PAGE_SHIFT
 from khod.inspect import blobs, khod_map, preserved, roots
 from khod.inspect.memfds import Memfd, look, read
 from khod.inspect.owners import Ledger
@@ -168,7 +169,8 @@ class Look:
         ledger = Ledger(found.preserved)
         ledger.kernel("root", [(found.address, found.address + 1)])
         for one in found.root.blobs:
-            ledger.kernel(f"blob {one.name}", [(one.phys, one.phys + max(1, one.size or 1))])
+            if found.preserved.find(one.phys >> PAGE_SHIFT):
+                ledger.kernel(f"blob {one.name}", [(one.phys, one.phys + min(max(1, one.size or 1), roots.MAX_BLOB))])
         for region in regions:
             ledger.reservation(region)
         memfds, by = self._memfds(found, luo, deadline)

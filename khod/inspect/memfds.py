@@ -14,12 +14,13 @@ from khod.abi import memfd
 from khod.core.ports import WINDOW
 from khod.errors import FormatError
 from khod.folio.units import PAGE_SHIFT, PAGE_SIZE, PhysicalMemory
-from khod.inspect.preserved import Frames, Preserved, joined
+from khod.inspect.preserved import Frames, Preserved, joined, without
 from khod.inspect.source import Deadline, Source
 from khod.inspect.views import Span
 
 VERSIONS = ("memfd-v2", "memfd-v1")
 _STRUCT = 48
+_NONE = 0xFF
 _FILE_PAGES = (1 << 32) - 1
 """Of the largest file that the kernel preserves."""
 
@@ -80,24 +81,37 @@ def read(memory: PhysicalMemory, preserved: Preserved, compatible: str, address:
     """The memfd whose struct is at `address`. Raises FormatError, also where some of it is not preserved, or missing."""
     struct = memfd.decode(compatible, memory, address)
     total = -(-struct.size // PAGE_SIZE)
-    if total > _FILE_PAGES or struct.folios > total:
+    if total > _FILE_PAGES or struct.folios > min(total, preserved.count) or bool(struct.folios) != bool(total):
         raise FormatError(f"memfd at {address:#x}: {struct.folios} folios for {struct.size} bytes")
-    records = np.array(list(memfd.folios(memory, struct)), np.int64).reshape(-1, 3)
-    pfns, pages = records[:, 0], records[:, 2]
-    orders = np.full(pfns.size, 0xFF, np.uint8)
-    for each in preserved.totals():
-        orders[preserved.has(each.order, pfns) & (pfns & (1 << each.order) - 1 == 0)] = each.order
-    if (lost := np.flatnonzero(orders == 0xFF)).size:
-        raise FormatError(f"memfd at {address:#x}: the folio at {int(pfns[lost[0]]) << PAGE_SHIFT:#x} is not preserved")
-    ends = pages + np.left_shift(1, orders.astype(np.int64))
-    if struct.folios and (pages[0] or (pages[1:] != ends[:-1]).any() or ends[-1] < total):
-        raise FormatError(f"memfd at {address:#x}: its folios are not the file from its first page to its last")
-    if bool(struct.folios) != bool(total):
-        raise FormatError(f"memfd at {address:#x}: {struct.folios} folios for {struct.size} bytes")
+    parts, at = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint8))], 0
+    for raw in memfd.record_pages(memory, struct):
+        parts.append(_records(address, preserved, raw, at))
+        at = int(parts[-1][0][-1]) + (1 << int(parts[-1][2][-1]))
+    if at < total:
+        raise FormatError(f"memfd at {address:#x}: its folios end at page {at} of {total}")
+    pages, pfns, orders = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     piece = PAGE_SIZE << struct.records.order
     spans = [(address, address + PAGE_SIZE)]
     spans += [(at, at + (PAGE_SIZE if chunk else piece)) for at, chunk in memfd.storage(memory, struct.records)]
     return Memfd(address, compatible, struct, pages, pfns, orders, joined(spans))
+
+
+def _records(address: int, preserved: Preserved, raw: bytes, at: int) -> tuple[Frames, Frames, NDArray[np.uint8]]:
+    """Pages of the file, frames and orders of one page of records, which goes on at page `at` of the file. Checked page by
+    page: what is no memfd is not read to an end that may be far away. Raises FormatError."""
+    words = np.frombuffer(raw, "<u8").reshape(-1, 2)
+    if (words[:, 1] > _FILE_PAGES).any():
+        raise FormatError(f"memfd at {address:#x}: a folio at page {int(words[:, 1].max())} of the file")
+    pfns, pages = (words[:, 0] & np.uint64(memfd.PFN_MASK)).astype(np.int64), words[:, 1].astype(np.int64)
+    orders = np.full(pfns.size, _NONE, np.uint8)
+    for each in preserved.orders:
+        orders[preserved.has(each, pfns) & (pfns & (1 << each) - 1 == 0)] = each
+    if (lost := np.flatnonzero(orders == _NONE)).size:
+        raise FormatError(f"memfd at {address:#x}: the folio at {int(pfns[lost[0]]) << PAGE_SHIFT:#x} is not preserved")
+    ends = pages + np.left_shift(1, orders.astype(np.int64))
+    if pages[0] != at or (pages[1:] != ends[:-1]).any():
+        raise FormatError(f"memfd at {address:#x}: its folios are not the file from its first page to its last")
+    return pages, pfns, orders
 
 
 def look(source: Source, preserved: Preserved, deadline: Deadline) -> Iterator[Memfd]:
@@ -122,7 +136,6 @@ def _at(source: Source, preserved: Preserved, phys: int) -> Memfd | None:
             found = read(source, preserved, compatible, phys)
         except FormatError:
             continue
-        kept = [preserved.find(start >> PAGE_SHIFT) for start, _ in found.storage]
-        if found.struct.folios and None not in kept:
+        if found.struct.folios and not without(found.storage, preserved.spans):
             return found
     return None

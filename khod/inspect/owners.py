@@ -69,7 +69,7 @@ class Ledger:
 
     def owners(self) -> list[OwnerInfo]:
         """All, and what is left over."""
-        rest = without(self._preserved.spans(), joined(self._taken))
+        rest = without(self._preserved.spans, joined(self._taken))
         if rest:
             self._add(UNKNOWN, "blocks of sessions and files, or what nothing here reads", "", "", rest)
         return self._owners

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,17 @@ class Preserved:
         for run in self._runs.get(order, np.empty((0, 2), np.int64)):
             yield int(run[0]), int(run[1])
 
+    @property
+    def orders(self) -> tuple[int, ...]:
+        """Those that there are, ascending."""
+        return tuple(self._runs)
+
+    @cached_property
+    def count(self) -> int:
+        """How many folios."""
+        return sum(total.folios for total in self.totals())
+
+    @cached_property
     def spans(self) -> tuple[Span, ...]:
         """All of it in bytes, ascending, joined."""
         return joined((start << PAGE_SHIFT, end << PAGE_SHIFT) for order in self._runs for start, end in self.runs(order))
@@ -124,6 +136,8 @@ def of_chunk_list(memory: PhysicalMemory, first: int, size: int | None) -> Prese
             "chunk list: its bitmaps have 512 bytes (6.16, early 6.17) or 4096 (later ones), and nothing in it tells",
             hint="say it with --bitmaps, by the release of the kernel that wrote it",
         )
+    if len({element.bitmap for element in elements}) != len(elements):
+        raise FormatError("chunk list: a bitmap is in it twice")
     return Preserved(
         run
         for element in elements

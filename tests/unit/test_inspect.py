@@ -12,7 +12,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from khod.abi import radix_tree
 from khod.abi import tree as abi
 from khod.abi.tree_source import to_source
 from khod.core.node import Carried, to_node
@@ -26,10 +29,10 @@ from khod.inspect.dump import Dump
 from khod.inspect.inspection import Look, Wishes
 from khod.inspect.owners import address, sessions
 from khod.inspect.picture import COLUMNS, draw, png, svg
-from khod.inspect.preserved import Preserved, joined, without
+from khod.inspect.preserved import Preserved, joined, of_chunk_list, of_radix_tree, without
 from khod.inspect.source import Deadline, trees_in
 from khod.inspect.views import GUESS, KERNEL, KHOD, Inspection
-from tests.handover import PAGE, Made, raw_dump, records, tree, u64
+from tests.handover import PAGE, Made, Memory, chunks, raw_dump, records, tree, u64
 
 
 class Shown:
@@ -268,7 +271,7 @@ def test_runs_are_found_by_order_and_frame() -> None:
     assert preserved.find(7) is preserved.find(4) is None
     assert preserved.find(1200) == Folio(1024, 9)
     assert [(t.order, t.folios) for t in preserved.totals()] == [(0, 3), (9, 2)]
-    assert preserved.spans() == ((0x5000, 0x7000), (0x64000, 0x65000), (0x200000, 0x600000))
+    assert preserved.spans == ((0x5000, 0x7000), (0x64000, 0x65000), (0x200000, 0x600000))
     assert joined([(3, 4), (1, 2), (2, 3), (9, 9)]) == ((1, 4),)
     assert without([(0, 10), (20, 30)], [(2, 4), (8, 22), (29, 40)]) == ((0, 2), (4, 8), (22, 29))
 
@@ -315,3 +318,54 @@ def test_two_inspections_are_compared_after_a_way_through_a_file() -> None:
 def test_files_that_are_no_inspections(data: bytes) -> None:
     with pytest.raises(FormatError, match=r"other\.json"):
         load(data, "other.json")
+
+
+# --- hostile memory
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.booleans(),
+    st.lists(
+        st.tuples(st.integers(0, 20), st.integers(0, 511), st.sampled_from([0, 1, (1 << 64) - 1, 1 << 63, 0x900000, 0x101000])),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_whatever_memory_holds_can_be_inspected_and_written_down(serialised: bool, changes: list[tuple[int, int, int]]) -> None:
+    made = MADE[serialised]
+    pages = made.special()
+    before = {at: bytes(made.memory.pages[at]) for at in pages}
+    try:
+        for page, word, value in changes:
+            made.memory.set(pages[page % len(pages)] + 8 * (word % 16 if word < 400 else word), value)
+        for wishes in (Wishes(), Wishes(root=made.root)):
+            view = Look(Shown(made), wishes).inspection()
+            assert load(msgspec.json.encode(view), "x").missing == list(view.missing)
+    finally:
+        for at, data in before.items():
+            made.memory.pages[at][:] = data
+
+
+def test_runs_of_a_bitmap_are_those_of_its_bits() -> None:
+    made = MADE[True]
+    preserved = of_radix_tree(made.memory, made.map)
+    one_by_one = {f for leaf in radix_tree.walk(made.memory, made.map) for f in leaf.folios()}
+    as_runs = {Folio(pfn, o) for o in preserved.orders for a, b in preserved.runs(o) for pfn in range(a, b, 1 << o)}
+    assert as_runs == one_by_one
+
+
+@pytest.mark.parametrize(("size", "told"), [(512, 4096), (4096, None)])
+def test_bitmaps_of_a_chunk_list(size: int, told: int | None) -> None:
+    memory = Memory()
+    bits = size * 8
+    rows = [(0, bits << 12, b"\x07"), (9, 0, b"\x80")]
+    first = chunks(memory, rows, size)
+    found = of_chunk_list(memory, first, told if size == 512 else 4096)
+    assert [list(found.runs(o)) for o in found.orders] == [[(bits, bits + 3)], [(7 << 9, 8 << 9)]]
+    if size == 4096:
+        with pytest.raises(FormatError, match="nothing in it tells"):
+            of_chunk_list(memory, first, None)
+
+
+MADE = {serialised: Made(serialised=serialised) for serialised in (False, True)}

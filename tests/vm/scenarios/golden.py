@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The pages of a real handover, told to the host: from the first kernel the root, the map and the blobs; from the second, before
-anybody opens /dev/liveupdate, the blocks of sessions and files that the first one wrote in reboot(2).
+"""The pages of a real handover, told to the host: from the first kernel the root, the map and the blobs; from the second,
+before anybody opens /dev/liveupdate, the blocks of sessions and files that the first one wrote in reboot(2).
 
 By the ports alone, without khod: what is captured is the kernel's."""
 
@@ -60,8 +60,8 @@ def before(vm: Guest) -> None:
     cut = (KHO / "out/fdt").read_bytes()
     pages = hexes(live, [found.address, *(b.address for b in found.blobs), *nodes(live, found.map)])
     vm.record(
-        "first", release=os.uname().release, version=Path("/proc/version").read_text().strip(), root=found.address, map=found.map,
-        cut=cut.hex(), frames=frames, pages=pages,
+        "first", release=os.uname().release, version=Path("/proc/version").read_text().strip(),
+        root=found.address, map=found.map, cut=cut.hex(), frames=frames, pages=pages,
     )  # fmt: skip
     (vm.state / "frames.json").write_text(json.dumps(frames))
     ports.kexec.load(ports.kexec.open(str(vm.kernel)))
