@@ -13,6 +13,12 @@ from khod.cli.show import moment, size
 if TYPE_CHECKING:
     from khod.inspect.views import AddressInfo, HandoverInfo, Inspection
 
+
+def plain(text: str) -> str:
+    """Text that does nothing to a terminal: names of sessions are any bytes, and a file can say anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 _SHOWN = 8
 """Ranges of an owner that are printed; all are in --json."""
 
@@ -23,7 +29,7 @@ def inspection(view: Inspection) -> None:
         show.inspection(view.khod)
         say()
     if view.source != "khod":
-        what = f"kernel {view.release}" if view.release else view.source
+        what = plain(f"kernel {view.release}" if view.release else view.source)
         print_pairs(
             [
                 ("memory of", f"{what}, {moment(view.time)}"),
@@ -39,7 +45,7 @@ def inspection(view: Inspection) -> None:
         say()
         say("not to be had now:")
         for missing in view.missing:
-            say(f"  {missing.what}: {missing.why}")
+            say(plain(f"  {missing.what}: {missing.why}"))
 
 
 def _handover(view: HandoverInfo) -> None:
@@ -50,10 +56,10 @@ def _handover(view: HandoverInfo) -> None:
             ("root", f"{view.address:#x}" if view.address else ""),
             ("map", f"{view.map:#x}" if view.map else ""),
             ("blobs", ", ".join(f"{b.name} at {b.address:#x}" + (f" ({b.size} B)" if b.size else "") for b in view.blobs)),
-            ("written by", f"{view.previous_release}, kexec {view.kexec_count}" if view.previous_release else ""),
+            ("written by", f"{plain(view.previous_release)}, kexec {view.kexec_count}" if view.previous_release else ""),
             ("reserve_mem", ", ".join(f"{r.name} at {r.start:#x}, {size(r.size)}" for r in view.reservations)),
             ("live update", f"{view.luo.format}, number {view.luo.number}" if view.luo else ""),
-            ("sessions", ", ".join(view.luo.sessions) if view.luo else ""),
+            ("sessions", plain(", ".join(view.luo.sessions)) if view.luo else ""),
         ]
     )
     if view.totals:
@@ -65,7 +71,7 @@ def _handover(view: HandoverInfo) -> None:
         say()
         print_table(
             ("owner", "what", "session", "size", "known by", "where"),
-            [(o.owner, o.what, o.session, size(o.bytes), o.by, _ranges(o.ranges)) for o in view.owners],
+            [(plain(o.owner), plain(o.what), plain(o.session), size(o.bytes), o.by, _ranges(o.ranges)) for o in view.owners],
             right=("size",),
         )
         _sessions(view)
@@ -74,7 +80,7 @@ def _handover(view: HandoverInfo) -> None:
 def _sessions(view: HandoverInfo) -> None:
     from khod.inspect.owners import sessions
 
-    if rows := [(name, size(count)) for name, count in sorted(sessions(view).items())]:
+    if rows := [(plain(name), size(count)) for name, count in sorted(sessions(view).items())]:
         say()
         print_table(("session", "size"), rows, right=("size",))
 
@@ -94,11 +100,16 @@ def addresses(found: Sequence[AddressInfo]) -> None:
         else:
             preserved = "no"
         print_pairs(
-            [("address", f"{one.address:#x}"), ("kind", one.kind), ("preserved", preserved), ("owner", "; ".join(one.owners))]
+            [
+                ("address", f"{one.address:#x}"),
+                ("kind", one.kind),
+                ("preserved", preserved),
+                ("owner", plain("; ".join(one.owners))),
+            ]
         )
 
 
 def differences(lines: Sequence[str]) -> None:
     """One a line."""
     for line in lines or ("nothing that is handed over differs",):
-        say(line)
+        say(plain(line))

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from khod.errors import FormatError
+from khod.folio.units import PHYS_BITS
 from khod.inspect.preserved import joined, without
 from khod.inspect.views import VERSION, HandoverInfo, Inspection, OwnerInfo, Span
 
@@ -18,10 +20,14 @@ def load(data: bytes, name: str) -> Inspection:
 
     try:
         found = msgspec.json.decode(data, type=Inspection)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{name}: no inspection: {error}", hint="khoctl inspect --json prints them")
     if found.version != VERSION:
         raise FormatError(f"{name}: an inspection of form {found.version}, and {VERSION} is what we read")
+    owners = [one.ranges for each in (found.outgoing, found.incoming) if each for one in each.owners]
+    for start, end in chain(found.ram, found.scratch, found.khod_map, *owners):
+        if not 0 <= start <= end <= 1 << PHYS_BITS:
+            raise FormatError(f"{name}: {start:#x}-{end:#x} is no range of physical addresses")
     return found
 
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import struct
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
+from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 import lz4.block
 import lzallright
+import msgspec
 import pytest
 from backports import zstd
 
@@ -35,9 +38,15 @@ from khod.abi import (
 )
 from khod.abi.fdt_door import RawNode, flatten
 from khod.errors import FormatError, InvalidRequest
+from khod.inspect.difference import difference, load
+from khod.inspect.dump import Dump
+from khod.inspect.inspection import Look, Wishes
+from khod.inspect.owners import address
+from khod.inspect.picture import draw, svg
 from tests import images
-from tests.handover import Memory, everything, luo_blob, region, root
+from tests.handover import Made, Memory, everything, luo_blob, region, root
 from tests.unit.test_abi_luo_older import VERSIONS
+from tests.unit.test_inspect import Shown, elf
 
 KERNEL = images.vmlinux(fill=256, versions=["luo-v5", "memfd-v2"])
 LIMIT = 1 << 20
@@ -91,6 +100,27 @@ def _older(name: str) -> Target:
     return Target(VERSIONS[name](memory), lambda data: luo_older.decode(memory, data), 20_000)
 
 
+def _look_again(data: bytes) -> None:
+    view = load(data, "x")
+    svg(draw(view))
+    address(view, None, 0x4000000)
+    difference(view, view)
+
+
+def _dump() -> Target:
+    """The headers of a dump, and an inspection of what it maps."""
+    fd = os.memfd_create("dump")
+    path = Path(f"/proc/self/fd/{fd}")
+
+    def read(data: bytes) -> None:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, data, 0)
+        with closing(Dump(path)) as dump:
+            Look(dump, Wishes(seconds=1)).inspection()
+
+    return Target(elf([(0x1000, flatten(root()).ljust(4096, b"\0")), (0x9000, bytes(4096))]), read, 5_000)
+
+
 TARGETS: dict[str, Target] = {
     "image": Target(pe(), image, 10_000),
     "vmlinux": Target(KERNEL, kernel_image.read, 20_000),
@@ -99,6 +129,8 @@ TARGETS: dict[str, Target] = {
     "metadata": Target(struct.pack("=I65sI", 1, b"7.3.4", 2), kexec_metadata.decode, 50_000),
     "luo": Target(luo_blob(0x1000, 0x2000, b"luo-v5;block-v1"), luo.decode, 50_000),
     **{f"luo {name}": _older(name) for name in VERSIONS},
+    "dump": _dump(),
+    "inspection": Target(msgspec.json.encode(Look(Shown(Made(serialised=True))).inspection()), _look_again, 5_000),
     "cmdline": Target(b'root=/dev/vda kho=on hugepagesz=1G hugepages=2 a="b c" --', lambda d: _options(d), 40_000),
     "fleet": Target(b"fleet: front\nformats: [kho-v4, luo-v5]\n", lambda d: fleet.parse(d, "fleet.yaml"), 10_000),
     **{name: Target(pack(KERNEL), lambda data: compression.decompress(data, LIMIT), 30_000) for name, pack in STREAMS.items()},

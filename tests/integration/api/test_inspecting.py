@@ -54,3 +54,13 @@ def test_inspect_a_dump_draws_it_tells_of_an_address_and_compares(khod: Served, 
 def test_inspect_says_what_is_wrong_with_a_request(khod: Served, words: list[str], status: int, said: str) -> None:
     ran = khoctl(khod, "inspect", *words)
     assert (ran.status, said in ran.err) == (status, True), ran
+
+
+def test_names_of_sessions_do_nothing_to_a_terminal(khod: Served, tmp_path: Path) -> None:
+    made = Made(serialised=True)
+    entries = next(at for at, page in made.memory.pages.items() if page[16:21] == b"vm-1\0")
+    made.memory.pages[entries][16:25] = b"\x1b[2Jvm\n1\0"
+    raw_dump(made, tmp_path / "dump").close()
+    out = khoctl(khod, "inspect", "--dump", str(tmp_path / "dump"), "--base", "0x100000").out
+    assert r"\x1b[2Jvm\n1" in out
+    assert "\x1b" not in out
