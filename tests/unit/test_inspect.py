@@ -27,6 +27,7 @@ from khod.folio.units import Folio, Range
 from khod.inspect.difference import difference, load
 from khod.inspect.dump import Dump
 from khod.inspect.inspection import Look, Wishes
+from khod.inspect.memfds import read
 from khod.inspect.owners import address, sessions
 from khod.inspect.picture import COLUMNS, draw, png, svg
 from khod.inspect.preserved import Preserved, joined, of_chunk_list, of_radix_tree, without
@@ -38,7 +39,8 @@ from tests.handover import PAGE, Made, Memory, chunks, raw_dump, records, tree, 
 class Shown:
     """A source that is like a running kernel: debugfs shows blobs, and of some pages it is known that they are a process's."""
 
-    name, live, hands_over, incoming_address = "live", True, True, 0
+    name, live, hands_over = "live", True, True
+    incoming_address = 0
 
     def __init__(self, made: Made, processes: set[int] | None = None, files: dict[str, bytes] | None = None) -> None:
         self.made, self.processes, self.files = made, processes or set(), files or {}
@@ -198,6 +200,84 @@ def test_khod_s_own_records_name_owners_by_their_frames() -> None:
     assert other.outgoing
     assert {m.by for m in other.outgoing.memfds} == {GUESS}, "a tree that khod does not tell is nobody's word"
     assert any("none of the preserved memfds holds the tree" in m.why for m in other.missing)
+
+
+def test_the_previous_kernel_s_root_is_read_but_not_its_map() -> None:
+    made = Made(serialised=True)
+    shown = Shown(made)
+    shown.incoming_address = made.root
+    view = Look(shown).inspection()
+    assert view.outgoing is None, "the incoming root is no root of a handover to the next kernel"
+    incoming = view.incoming
+    assert incoming
+    assert (incoming.address, incoming.previous_release, incoming.kexec_count) == (made.root, "7.3.4", 2)
+    assert [r.name for r in incoming.reservations] == ["log"]
+    assert (incoming.luo, incoming.totals, incoming.owners) == (None, (), ())
+    assert "reserve_mem 'log', incoming" in address(view, None, 0x8000000).owners
+    assert {m.what for m in view.missing} >= {"incoming map of preserved folios", "incoming sessions and files"}
+    shown.files = {"in/fdt": bytes(100)}
+    assert Look(shown).inspection().incoming is None
+
+
+@pytest.mark.parametrize("name", ["LUO", "kexec-metadata", "memblock"])
+def test_a_root_whose_blob_is_not_preserved_is_not_believed(name: str) -> None:
+    made = Made(serialised=False)
+    kept = [Folio(at >> 12, 0) for at in made.memory.pages if at != made.blobs[name][0]]
+    made.map = tree(made.memory, kept)
+    made.write_root()
+    assert Look(Shown(made)).inspection().outgoing is None
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "words"),
+    [
+        (1, 301 * PAGE, "300 of 301"),
+        (1, 299 * PAGE, "300 folios"),
+        (1, (1 << 64) - 1, "300 folios"),
+        (1, 0, "300 folios"),
+        (3, 0, "0 folios"),
+        (3, 1 << 40, "folios in 2 pages"),
+    ],
+)
+def test_a_struct_that_is_not_a_whole_file(word: int, value: int, words: str) -> None:
+    made = Made(serialised=False)
+    preserved = of_radix_tree(made.memory, made.map)
+    assert read(made.memory, preserved, "memfd-v2", made.structs[0]).struct.folios == 300
+    made.memory.set(made.structs[0] + 8 * word, value)
+    with pytest.raises(FormatError, match=words):
+        read(made.memory, preserved, "memfd-v2", made.structs[0])
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "value", "words"),
+    [
+        (0, 1, 1, "first page to its last"),
+        (255, 1, 254, "first page to its last"),
+        (256, 1, 257, "first page to its last"),
+        (7, 1, (1 << 64) - 1, "at page"),
+        (7, 0, 0xFFFFF, "is not preserved"),
+        (7, 0, 0x4001, "is not preserved"),  # in the middle of a preserved folio
+    ],
+)
+def test_records_that_are_not_a_whole_file(number: int, word: int, value: int, words: str) -> None:
+    made = Made(serialised=False)
+    preserved = of_radix_tree(made.memory, made.map)
+    chunk = int.from_bytes(made.memory.read(made.structs[0] + 32, 8), "little")
+    page = int.from_bytes(made.memory.read(chunk + 8 * (1 + number // 256), 8), "little")
+    made.memory.set(page + 16 * (number % 256) + 8 * word, value)
+    with pytest.raises(FormatError, match=words):
+        read(made.memory, preserved, "memfd-v2", made.structs[0])
+
+
+def test_a_struct_whose_lists_are_not_preserved_is_none() -> None:
+    made = Made(serialised=False)
+    chunk = int.from_bytes(made.memory.read(made.structs[1] + 32, 8), "little")
+    kept = [Folio(at >> 12, 0) for at in made.memory.pages if at != chunk]
+    made.map = tree(made.memory, [*kept, Folio(0x4000, 9), Folio(0x4400, 9)])
+    made.write_root()
+    view = Look(Shown(made)).inspection()
+    assert view.outgoing
+    assert [m.address for m in view.outgoing.memfds] == [made.structs[0]]
 
 
 # --- dumps
