@@ -10,7 +10,7 @@ from khod.core.blocking import blocking
 from khod.core.book import Page
 from khod.core.callers import Caller, Lifetime, Owner, Right
 from khod.core.driver import Declaration, Drivers, Request
-from khod.core.ports import F_SEAL_GROW, Machine
+from khod.core.ports import F_SEAL_GROW, F_SEAL_SHRINK, Machine
 from khod.core.registry import (
     OPAQUE_COMPATIBLE,
     OPAQUE_DRIVER,
@@ -24,6 +24,8 @@ from khod.core.service import Registration
 from khod.core.settings import Settings
 from khod.core.views import InstanceView
 from khod.errors import InvalidRequest, KhodError, NotPermitted, Refused
+
+_FIXED = F_SEAL_GROW | F_SEAL_SHRINK
 
 
 def new_handle() -> str:
@@ -165,9 +167,15 @@ def _identity(machine: Machine, fd: int) -> tuple[int, int]:
 
 
 def _check_sealed(machine: Machine, name: str, fds: Mapping[str, int]) -> None:
-    """Decision 8: what grows between the sum and the preserve makes the sum worthless."""
+    """Decision 8: what grows between the sum and the preserve makes the sum worthless. Of huge pages the kernel fixes no size
+    in preparing, and one that changes fails everybody's update."""
     for fd_name, fd in fds.items():
         stat = machine.files.stat(fd)
+        if stat.kind == "hugetlb" and stat.seals & _FIXED != _FIXED:
+            raise NotPermitted(
+                f"{name}: {fd_name!r} can still change its size",
+                hint="seal it (F_ADD_SEALS with F_SEAL_GROW and F_SEAL_SHRINK) before you register it",
+            )
         if stat.kind == "memfd" and not stat.seals & F_SEAL_GROW:
             raise NotPermitted(
                 f"{name}: {fd_name!r} can still grow", hint="seal it (F_ADD_SEALS with F_SEAL_GROW) before you register it"

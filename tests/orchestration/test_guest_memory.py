@@ -14,15 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from khod.core.callers import Lifetime, Right
 from khod.core.carrying import PIECE
 from khod.core.driver import Continuity
 from khod.core.ports import F_SEAL_GROW, F_SEAL_SHRINK, Machine
+from khod.core.service import Registration
 from khod.core.state import State
 from khod.core.views import InstanceView
-from khod.errors import InvalidRequest, KhodError, Refused, UpdateFailed
+from khod.errors import InvalidRequest, KhodError, NotPermitted, Refused, UpdateFailed
 from khod.plugin import Declaration, Instance, Preserve, Request, hookimpl
 from khod.simulated import ProcessDied, ports
-from tests.orchestration.world import ME, MIB, QUICK, World
+from tests.orchestration.world import ME, MIB, QUICK, World, caller
 
 SIZE = 4 * MIB
 POOL = 8
@@ -301,6 +303,23 @@ def test_seals_of_huge_pages_are_set_again(tmp_path: Path) -> None:
         await world.jump()
         process, mine = await world.claimed("vm-1")
         assert process.call("stat", mine)["seals"] == F_SEAL_GROW | F_SEAL_SHRINK
+
+    asyncio.run(scenario())
+
+
+def test_huge_pages_of_others_than_administrators_are_sealed_against_every_change_of_size(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, huge_pages=POOL)
+        host = await world.khod()
+        fd = filled(world, "hugetlb")
+        somebody = caller("vmm", [Right.OBSERVE, Right.INSTANCES])
+        asked = Registration(name="vm-1", driver="guestmemfd", options={"carry": "yes"}, lifetime=Lifetime.CONNECTION)
+        for seal in (F_SEAL_GROW, F_SEAL_SHRINK):
+            given = [("memory", world.workload.give(fd, world.process))]
+            with pytest.raises(NotPermitted, match="can still change its size"):
+                await host.register(somebody, asked, given)
+            world.workload.call("add_seals", fd, seal)
+        await host.register(somebody, asked, [("memory", world.workload.give(fd, world.process))])
 
     asyncio.run(scenario())
 
