@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench import folio, start
+from bench import folio, mappings, start
 from bench.host import machine
 from bench.rows import Result, Row
 
 OUT = Path(__file__).parent / "out" / "bench.json"
-ROWS: tuple[Row, ...] = (*folio.ROWS, *start.ROWS)
+ROWS: tuple[Row, ...] = (*folio.ROWS, *mappings.ROWS, *start.ROWS)
 
 
 def line(result: Result) -> str:

@@ -127,14 +127,15 @@ class KernelDevices:
     def override(self, address: str) -> None:
         """See the port."""
         device = self._pci / "devices" / address
+        if (found := _driver(device)) == DRIVER:
+            return
+        if found:
+            raise DeviceUnusable(f"{address} is driven by {found}, not by {DRIVER}", hint=f"unbind it from {found}")
         with refused("override", address):
             (device / "driver_override").write_text(DRIVER)
-            if not _driver(device):
-                (self._pci / "drivers_probe").write_text(address)
-        if (found := _driver(device)) != DRIVER:
-            raise DeviceUnusable(
-                f"{address} is driven by {found or 'nobody'}, not by {DRIVER}", hint=f"is the module {DRIVER} loaded?"
-            )
+            (self._pci / "drivers_probe").write_text(address)
+        if _driver(device) != DRIVER:
+            raise DeviceUnusable(f"{address} is driven by nobody, not by {DRIVER}", hint=f"is the module {DRIVER} loaded?")
 
     # VFIO.
 

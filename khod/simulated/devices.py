@@ -19,6 +19,8 @@ from khod.abi.ioas_table import Mapping
 from khod.abi.iommufd import IOMMU_IOAS_MAP_READABLE, IOMMU_IOAS_MAP_WRITEABLE
 from khod.abi.vfio import PCI_COMMAND, PCI_COMMAND_MASTER, MigrationState
 from khod.simulated.inode import Inode, OpenFile
+from khod.simulated.luo import LiveUpdate
+from khod.simulated.record import FileRecord
 from khod.simulated.shmem import Shmem
 from khod.simulated.task import Task
 
@@ -95,6 +97,15 @@ class Iommufd(Inode):
         self.number = 1  # that of the node by which all are opened
         self.spaces: dict[int, Ioas] = {}
 
+    def inside(self, place: Callable[[OpenFile], tuple[str, int]]) -> str:
+        """All mappings, for a kernel that preserves iommufds."""
+        return json.dumps(
+            {
+                number: [space.huge_pages, [[list(mapping), *place(file)] for mapping, file in space.mapped.values()]]
+                for number, space in self.spaces.items()
+            }
+        )
+
     def free(self) -> None:
         """Everything is unmapped."""
         for space in self.spaces.values():
@@ -155,8 +166,9 @@ def _bad(number: int, why: str) -> OSError:
 class DeviceCalls:
     """System calls on devices of one boot. Each takes the calling process first and raises OSError."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, luo: LiveUpdate) -> None:
         self._directory = directory
+        self._luo = luo
         path = directory / CARDS_FILE
         raw = json.loads(path.read_text()) if path.exists() else []
         self.cards = {c["address"]: Card(**{**c, "reserved": tuple(map(tuple, c["reserved"]))}) for c in raw}
@@ -169,6 +181,18 @@ class DeviceCalls:
             kept.unlink()
         for card in self.cards.values():
             card.driver = card.driven_by
+
+    def revive(self, record: FileRecord) -> Inode:
+        """A file without frames that the previous kernel preserved; the memory that it maps is retrieved already."""
+        if record.kind != "iommufd" or not record.inside:
+            return Inode(record.kind, record.size)
+        iommufd = Iommufd()
+        for number, (huge_pages, mapped) in json.loads(record.inside).items():
+            space = iommufd.spaces[int(number)] = Ioas(huge_pages=huge_pages)
+            for fields, session, token in mapped:
+                mapping = Mapping(*fields)
+                space.mapped[mapping.iova] = (mapping, self._luo.retrieved(session, token).get())
+        return iommufd
 
     def jump(self) -> None:
         """pci_device_shutdown() of each: no bus mastering any more. What they hold, they hold by themselves."""

@@ -8,6 +8,7 @@ the last one frees what is behind.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from khod.core.ports import (
@@ -40,6 +41,10 @@ class Inode:
     def stat(self) -> FileStat:
         """See `khod.core.ports.FileStat`."""
         return FileStat(self.kind, self.size, 0, 0, (_DEVICE, self.number), 0)
+
+    def inside(self, place: Callable[[OpenFile], tuple[str, int]]) -> str:
+        """What there is to be preserved besides frames; `place` tells session and token of another file."""
+        return ""
 
     def free(self) -> None:
         """The last open file is gone."""

@@ -65,7 +65,8 @@ class Kernel:
         self.luo.handed = root.sessions if root and not self.luo.missing else []
         self.kexec = Kexec(params.kernel, params.cmdline, scratch, carries=self.options["kho"])
         self.files = FileCalls(self.pages, self.special, self.task)
-        self.devices = DeviceCalls(directory)
+        self.devices = DeviceCalls(directory, self.luo)
+        self.luo.make = self.devices.revive
         self.host = HostCalls(directory, self.pages, ram, scratch, params.reset)
         seen = root if self.options["kho"] else None
         self.host.boot_info = Boot(

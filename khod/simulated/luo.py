@@ -8,7 +8,7 @@ left is read at the first open of the device, once, and if it cannot be read the
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -128,6 +128,8 @@ class LiveUpdate:
     incoming: dict[bytes, Incoming] = field(default_factory=dict)
     held: set[Inode] = field(default_factory=set)
     """Files that were retrieved and whose session is not finished."""
+    make: Callable[[FileRecord], Inode] = lambda record: Inode(record.kind, record.size)
+    """Makes files that have no frames."""
     device: OpenFile | None = None
     opener: str = ""
     """Who opened the device last."""
@@ -265,11 +267,30 @@ class LiveUpdate:
 
     def _recorded(self, token: int, kept: Preserved) -> FileRecord:
         inode, position = kept.inode, kept.file.position
-        handler, order, private = self._handlers()[inode.kind], 0, False
+        handler, order, private, inside = self._handlers()[inode.kind], 0, False, ""
         if isinstance(inode, Shmem):
             inode.settle()
             order, private = inode.order, inode.private
-        return FileRecord(token, handler, inode.size, order, kept.seals, position, kept.blob, inode.kind, private)
+        else:
+            inside = inode.inside(self._place)
+        return FileRecord(token, handler, inode.size, order, kept.seals, position, kept.blob, inode.kind, private, inside)
+
+    def _place(self, file: OpenFile) -> tuple[str, int]:
+        """Session and token that a file is preserved under. What has none breaks the jump: here, it would be a bug."""
+        return next(
+            (name.hex(), token)
+            for name, session in self.outgoing.items()
+            for token, kept in session.files.items()
+            if kept.inode is file.inode
+        )
+
+    def retrieved(self, session: str, token: int) -> OpenFile:
+        """A file that was retrieved already. Raises OSError(ENOENT)."""
+        incoming = self.incoming.get(bytes.fromhex(session))
+        waiting = incoming.files.get(token) if incoming else None
+        if waiting is None or waiting.file is None:
+            raise OSError(errno.ENOENT, f"token {token} is not retrieved")
+        return waiting.file
 
     # Files of an incoming session.
 
@@ -306,7 +327,7 @@ class LiveUpdate:
     def _revive(self, record: FileRecord, cgroup: Cgroup) -> OpenFile:
         """A fresh executable root-owned memfd with the old folios: so F_SEAL_EXEC brings its company along (0x3e)."""
         if not record.folios:
-            bare = Inode(record.kind, record.size)
+            bare = self.make(record)
             self.held.add(bare)
             return OpenFile(bare)
         inode = self.special.shmem(record.kind, order=record.order, private=record.private)

@@ -41,6 +41,8 @@ class FileRecord:
     kind: str = "memfd"
     private: bool = False
     """Of a guest_memfd: nobody but the guest may look into it."""
+    inside: str = ""
+    """What a file without frames has inside."""
 
 
 @dataclass(frozen=True, slots=True)

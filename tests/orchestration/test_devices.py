@@ -20,8 +20,9 @@ from khod.core.devices import IovaRange
 from khod.core.state import State
 from khod.errors import InvalidRequest, KhodError, Refused, UpdateFailed
 from khod.plugin import Instance, hookimpl
-from khod.simulated import ProcessDied, machine
+from khod.simulated import ProcessDied, Release, machine
 from khod.simulated.devices import REGISTERS_FILE, Card, plug
+from khod.simulated.kernel import Kernel
 from tests.orchestration.world import ME, MIB, World
 
 EDU = "0000:00:04.0"
@@ -55,6 +56,7 @@ class Rig:
     cards: Sequence[Card]
     mapped: list[Mapping] = field(default_factory=lambda: mappings((IOVA, 256, 0)))
     fds: dict[str, int] = field(default_factory=dict)
+    release: Release = field(default_factory=Release)
     words: list[bool] = field(default_factory=list)
     """Which of the device's last words got to memory."""
 
@@ -65,7 +67,9 @@ class Rig:
             vfio.khod_freeze = self.busy_freeze  # type: ignore[attr-defined]
         world.plugins = [Named(khod_iommu, "iommu"), vfio]
         plug(world.directory, *self.cards)
-        world.power_cut()
+        world.kernel.power_off()
+        world.kernel = Kernel.boot(world.directory, release=self.release)
+        world.workload = world.kernel.spawn("workload")
         await world.khod()
         process = world.workload
         devices = machine(process).devices
@@ -138,6 +142,26 @@ def test_dma_that_comes_until_the_device_is_frozen_is_there_after_the_jump_and_g
         await world.jump()
         assert set((await rig.states()).values()) == {"restored"}, "and once more"
         assert rig.card().dma(IOVA, b"again")
+
+    asyncio.run(scenario())
+
+
+def test_on_a_kernel_that_preserves_iommufds_nothing_is_mapped_anew(world: World) -> None:
+    async def scenario() -> None:
+        rig = Rig(world, [Card(EDU)], release=Release(preserves=("iommufd",)))
+        await rig.start()
+        await world.jump_away()
+        world.kernel.faults.fail("map_file", 5)
+        host = await world.khod()
+        views = {view.name: view for view in await host.instances()}
+        assert (views["mappings"].strategy, views["mappings"].continuity) == ("native", "preserved")
+        assert {view.state for view in views.values()} == {"restored"}, [view.problem for view in views.values()]
+        process, ram = await world.claimed("ram")
+        assert rig.card().dma(IOVA + 4100, b"after")
+        assert process.read(ram, 4100, 5) == b"after"
+        await host.finish()
+        await world.jump()
+        assert set((await rig.states()).values()) == {"restored"}
 
     asyncio.run(scenario())
 

@@ -261,7 +261,7 @@ class TestLoad:
         problems = manager.load()
         # "clash" comes before "guestmemfd" and is of nobody's interest by itself: whoever is second is left out.
         assert [p.split("'")[1] for p in problems] == ["absent", "broken", "empty", "guestmemfd", "misspelt"]
-        assert manager.names() == ["clash", "good"]
+        assert manager.names() == ["clash", "good", "iommu", "vfio"]
         assert "khod_test_is_not_installed" in problems[0]
         assert "(khod_test_broken)" in problems[1]
         assert "khod_compatible" in problems[2]
