@@ -73,7 +73,7 @@ test test-full:
 	@$(AS_ROOT) $(BIN)/python -m tests.vm.image >/dev/null
 	$(AS_ROOT) KHOD_REQUIRE=$(REQUIRE) $(BIN)/pytest -q $(PARALLEL) $(SELECT)
 
-# Longer than anybody waits for: about an hour.
+# Hours.
 fuzz: $(VENV)/.stamp ## a million mutated inputs for every reader of foreign bytes, by a fixed seed
 	$(BIN)/pytest -q -m full tests/unit/test_abi_mutations.py
 

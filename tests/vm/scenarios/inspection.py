@@ -60,15 +60,12 @@ def compare(vm: Guest, khod: Khod, view: dict[str, Any], fds: dict[str, int], na
     listed = {m["owner"].split(" of ")[0]: m for m in view["outgoing"]["memfds"]}
     expected = {kind: pagemap(fd) for kind, fd in fds.items()}
     expected |= {own: khod.frames_of(f"khod-{own.split()[-1]}") for own in ("khod, its folio map", "khod, its handover tree")}
-    at = expected["ram"][5] * 4096 + 7
-    (told,) = json.loads(khod.ctl("inspect", "--addr", hex(at), "--json", "--seconds", "60"))
     vm.record(
         f"{name} compared",
         names=sorted(listed),
         equal={kind: frames(listed[kind]) == expected[kind] if kind in listed else None for kind in expected},
         by={kind: listed[kind]["by"] for kind in expected if kind in listed},
         huge=listed.get("thp", {}).get("orders"),
-        addr=[told["preserved"], told["order"], told["folio"] == at // 4096 * 4096, told["owners"]],
         map_lists=all(
             any(start <= frame * 4096 < end for start, end in view["khod_map"]) for kind in expected for frame in expected[kind]
         ),
@@ -92,8 +89,9 @@ def before(vm: Guest) -> None:
         for name, fd in fds.items():
             client.register(name, "guestmemfd", [("ram", fd)], lifetime="persistent")
     held(vm, khod, fds, "cold")
-    khod.ctl("inspect", "--read", str(vm.state / "cold.json"), "--picture", str(vm.shared / "memory.svg"))
-    (vm.shared / "cold.txt").write_text(khod.ctl("inspect", "--read", str(vm.state / "cold.json")))
+    at = pagemap(fds["ram"])[5] * 4096
+    (told,) = json.loads(khod.ctl("inspect", "--addr", hex(at + 7), "--json"))
+    vm.record("addr", preserved=told["preserved"], order=told["order"], head=told["folio"] == at, owners=told["owners"])
     with khod.client() as client:
         client.proceed()
     signal.pause()
@@ -118,7 +116,4 @@ def after(vm: Guest) -> None:
     )
     khod.ctl("finish")
     held(vm, khod, fds, "again")
-    vm.record(
-        "differences", lines=khod.ctl("inspect", "--diff", str(vm.state / "cold.json"), "--seconds", "60").splitlines()[:12]
-    )
     khod.ctl("abort")
