@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from khod.inspect.views import KHOD
+from tests.unit.test_abi_golden import check_first, check_second
 from tests.vm.conftest import Play
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
@@ -36,3 +37,11 @@ def test_inspect_lists_the_frames_that_pagemap_does(vm: Play) -> None:
     assert "incoming map of preserved folios" in landed["missing"]
     assert all(result.facts("in place")["equal"].values())
     assert result.facts("in place")["listed"]
+
+
+@pytest.mark.full
+def test_the_kernel_still_writes_what_was_captured_of_it(vm: Play) -> None:
+    result = vm("golden", cmdline=("reserve_mem=2M:4096:log",), stage_deadline=150, deadline=300).require()
+    first = result.facts("first")
+    check_first(first)
+    check_second(result.facts("second"), first["frames"])
