@@ -62,6 +62,14 @@ def bitmap_size(found: list[Element]) -> int | None:
     return None if found else LARGE
 
 
+def bitmap_size_of(release: str) -> int | None:
+    """That which a kernel of this release writes; None for 6.17, which changed on its way, and for what is no release."""
+    match release.split("-")[0].split(".")[:2]:
+        case [major, minor] if major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) != (6, 17):
+            return SMALL if (int(major), int(minor)) < (6, 17) else LARGE
+    return None
+
+
 def folios(memory: PhysicalMemory, element: Element, size: int) -> Iterator[Folio]:
     """The folios of one bitmap of `size` bytes, ascending. Raises FormatError."""
     for number in pages.set_bits(pages.read(memory, element.bitmap, size, "chunk list")):

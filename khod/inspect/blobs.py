@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import Any, TypeVar
 
 from khod.abi import kexec_metadata, luo, luo_older, memblock
 from khod.abi.kexec_handover import Blob, Root
 from khod.errors import FormatError
+from khod.folio.units import PhysicalMemory
 from khod.inspect import roots
 from khod.inspect.source import Source
 from khod.inspect.views import BlobInfo, FileInfo, LuoInfo, ReservationInfo
 
+T = TypeVar("T")
 _METADATA, _MEMBLOCK, _LUO = "kexec-metadata", "memblock", "LUO"
 
 
@@ -47,20 +50,23 @@ class Reader:
             regions = memblock.decode(roots.blob(self._source, one))
             out["reservations"] = [ReservationInfo(name=r.name, start=r.start, size=r.size) for r in regions]
         elif one.name == _LUO:
-            out["luo"] = luo_info(self._source, roots.blob(self._source, one))
+            out["luo"] = luo_info(self._source, roots.blob(self._source, one), self._miss)
         else:
             self._miss(f"{one.name} ({self._directory})", "nothing here reads it")
 
 
-def luo_info(source: Source, data: bytes) -> LuoInfo:
-    """Any version. Raises FormatError."""
+def luo_info(memory: PhysicalMemory, data: bytes, miss: Callable[[str, object], None]) -> LuoInfo:
+    """Any version. Of luo-v5, what one session lacks is missed, and no other's loss. Raises FormatError."""
     if data.startswith(luo.VERSION.encode()):
         header = luo.decode(data)
-        rows = [(session.name, list(luo.files(source, session))) for session in luo.sessions(source, header)]
-        flbs = list(luo.flbs(source, header))
         text, number = str(header.format), header.number
+        rows = [
+            (session.name, _had(partial(luo.files, memory, session), f"files of session {_text(session.name)!r}", miss))
+            for session in _had(partial(luo.sessions, memory, header), "sessions", miss)
+        ]
+        flbs = _had(partial(luo.flbs, memory, header), "what files share", miss)
     else:
-        older = luo_older.decode(source, data)
+        older = luo_older.decode(memory, data)
         rows, flbs = [(session.name, list(session.files)) for session in older.sessions], list(older.flbs)
         text, number = str(older.format), older.number
     return LuoInfo(
@@ -74,6 +80,17 @@ def luo_info(source: Source, data: bytes) -> LuoInfo:
         ],
         flbs=[str(flb.compatible) for flb in flbs],
     )
+
+
+def _had(walk: Callable[[], Iterator[T]], what: str, miss: Callable[[str, object], None]) -> list[T]:
+    """All that comes before an error, and the error to who asks what is missing."""
+    out: list[T] = []
+    try:
+        for one in walk():
+            out.append(one)
+    except FormatError as error:
+        miss(what, error)
+    return out
 
 
 def _text(name: bytes) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from khod.abi import kexec_handover
+from khod.abi import chunk_list, kexec_handover
 from khod.core.views import InspectionView
 from khod.errors import FormatError, KhodError
 from khod.folio.units import PAGE_SHIFT
@@ -110,14 +110,15 @@ class Look:
 
     def _root(self, deadline: Deadline, incoming: int) -> roots.Found | None:
         wishes = self.wishes
+        bitmaps = wishes.bitmaps
+        if bitmaps is None and self.source.live:
+            bitmaps = chunk_list.bitmap_size_of(os.uname().release)
         try:
             if wishes.root is not None:
                 root = roots.at(self.source, wishes.root)
-                return roots.Found(wishes.root, root, roots.map_of(self.source, root, wishes.bitmaps))
+                return roots.Found(wishes.root, root, roots.map_of(self.source, root, bitmaps))
             found = []
-            for one in roots.outgoing(
-                self.source, deadline, incoming=incoming, wanted_map=self._map_said(), bitmaps=wishes.bitmaps
-            ):
+            for one in roots.outgoing(self.source, deadline, incoming=incoming, wanted_map=self._map_said(), bitmaps=bitmaps):
                 found.append(one)
                 if self.source.live:
                     break

@@ -15,6 +15,7 @@ from khod.abi import fdt_door, formats, kexec_handover, kexec_metadata, luo, mem
 from khod.folio.units import Folio
 from khod.inspect.inspection import Look
 from khod.inspect.preserved import of_radix_tree
+from khod.inspect.views import KERNEL
 from tests.handover import PAGE, Made, Memory
 from tests.unit.test_inspect import Shown
 
@@ -90,6 +91,27 @@ def test_inspect_finds_a_real_root_by_itself(path: Path) -> None:
     assert out
     assert (out.address, out.map, out.kexec_count) == (first["root"], first["map"], 1)
     assert sum(o.bytes for o in out.owners) == sum(t.bytes for t in out.totals)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_between_serialising_and_the_jump_everything_is_there(path: Path) -> None:
+    """Both captures in one memory, as a dump made then would have them: the blocks are in the pages that were preserved for
+    them, and the header leads there. The page of FLBs was not captured, which costs nothing else."""
+    golden = json.loads(path.read_text())
+    first, second = golden["first"], golden["second"]
+    made = Made.__new__(Made)
+    made.memory = memory_of({**second["pages"], **first["pages"]})
+    page = made.memory.read(first["root"], PAGE)
+    (header,) = [b.phys for b in kexec_handover.decode(page[: fdt_door.blob_size(page)]).blobs if b.name == "LUO"]
+    made.memory.set(header + 16, second["sessions"])
+    view = Look(Shown(made)).inspection()
+    out = view.outgoing
+    assert out
+    assert "what files share" in [m.what for m in view.missing]
+    assert [(m.session, m.by) for m in out.memfds] == [("golden", KERNEL)] * FILES
+    assert [[pfn + n for _, pfn, count in m.extents for n in range(count)] for m in out.memfds] == first["frames"]
+    unknown = sum(o.bytes for o in out.owners if o.owner == "unknown")
+    assert unknown == 4 * PAGE, "a block of sessions, two of files, a page of FLBs"
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)

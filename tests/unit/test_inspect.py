@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from khod.abi import radix_tree
 from khod.abi import tree as abi
+from khod.abi.chunk_list import bitmap_size_of
 from khod.abi.tree_source import to_source
 from khod.core.node import Carried, to_node
 from khod.core.registry import ROOT
@@ -433,6 +434,14 @@ def test_runs_of_a_bitmap_are_those_of_its_bits() -> None:
     one_by_one = {f for leaf in radix_tree.walk(made.memory, made.map) for f in leaf.folios()}
     as_runs = {Folio(pfn, o) for o in preserved.orders for a, b in preserved.runs(o) for pfn in range(a, b, 1 << o)}
     assert as_runs == one_by_one
+
+
+@pytest.mark.parametrize(
+    ("release", "size"),
+    [("6.16.12", 512), ("6.17.3-arch1", None), ("6.18.0-rc1", 4096), ("7.0.2+deb14-amd64", 4096), ("next", None), ("7", None)],
+)
+def test_the_release_tells_the_size_of_bitmaps(release: str, size: int | None) -> None:
+    assert bitmap_size_of(release) == size
 
 
 @pytest.mark.parametrize(("size", "told"), [(512, 4096), (4096, None)])
