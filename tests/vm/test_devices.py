@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A KVM guest, its IOMMU mappings and a device that does DMA, across real kexecs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.vm.conftest import Play
+from tests.vm.runner import Result
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
+
+IOMMU = ("-device", "intel-iommu,intremap=on,caching-mode=on", "-device", "edu")
+
+
+def stages(result: Result, name: str) -> list[dict[str, Any]]:
+    return [record.facts for record in result.records if record.name == name]
+
+
+def check(result: Result, continuity: dict[str, str]) -> None:
+    """The guest lived in all three kernels, and counted on from where it had stopped."""
+    lives, instances = stages(result, "lives"), stages(result, "instances")
+    assert [one["started"]["started"] for one in lives] == ["cold", "warm", "warm"]
+    assert instances == [{name: ["restored", how, ""] for name, how in continuity.items()}] * 2
+    for came in stages(result, "came"):
+        assert all(now >= then for now, then in zip(came["now"], came["then"], strict=True)), came
+    for one in lives:
+        for vcpu in one["later"]["vcpus"]:
+            assert (vcpu["backwards"], vcpu["broken"]) == (0, 0), vcpu
+    for one, ledger in zip(lives[1:], stages(result, "ledger"), strict=True):
+        assert ledger["outcome"] == "restored"
+        assert not ledger["problems"]
+        blackout, uncertainty = ledger["spans"]["blackout"]
+        gaps = [vcpu["gap"] / one["later"]["khz"] / 1000 for vcpu in one["later"]["vcpus"]]
+        # The guest stands still from before khod's freezing to after its claim.
+        assert all(blackout - uncertainty < gap < blackout + 20 for gap in gaps), (gaps, blackout)
+    assert [end["state"] for end in stages(result, "end")] == ["idle", "idle"]
+
+
+@pytest.mark.full
+def test_a_kvm_guest_counts_on_through_two_updates(vm: Play) -> None:
+    result = vm("kvm_guest", cpu="max", parameters={"device": False}, stage_deadline=150, deadline=400).require()
+    check(result, {"tinyvmm": "preserved"})
+
+
+@pytest.mark.full
+def test_a_device_goes_on_with_the_same_iovas_and_no_mapping_by_its_client(vm: Play) -> None:
+    result = vm(
+        "kvm_guest", cpu="max", cmdline=("intel_iommu=on",), qemu=IOMMU, parameters={"device": True},
+        stage_deadline=200, deadline=500,
+    ).require()  # fmt: skip
+    check(result, {"tinyvmm": "preserved", "tinyvmm-edu": "reset", "tinyvmm-iommu": "rebuilt"})
+    for stage, one in enumerate(stages(result, "lives")):
+        assert one["dma"] == {"equal": True}, one
+        if stage:
+            assert any("0x8000" in line for line in one["faults"]), "a page that was never mapped faults"
+            assert one["after"] == {"equal": True}
