@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Readers of handovers on what a real kernel wrote: pages captured by tests/vm/scenarios/golden.py, with their provenance."""
+"""Readers of handovers on what a real kernel wrote: pages captured in the lab, with their provenance.
+
+``KHOD_WRITE_GOLDEN=1 pytest -m full tests/vm/test_inspect.py`` captures them anew, for the lab's kernel as it is."""
 
 from __future__ import annotations
 

@@ -3,6 +3,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from khod.inspect.views import KHOD
@@ -10,11 +16,12 @@ from tests.unit.test_abi_golden import check_first, check_second
 from tests.vm.conftest import Play
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
+RESERVE = "reserve_mem=2M:4096"
 OWN = {"khod, its folio map", "khod, its handover tree"}
 
 
 def test_inspect_lists_the_frames_that_pagemap_does(vm: Play) -> None:
-    result = vm("inspection", cmdline=("reserve_mem=2M:4096:khodlog",), stage_deadline=150, deadline=350).require()
+    result = vm("inspection", cmdline=(f"{RESERVE}:khodlog",), stage_deadline=150, deadline=350).require()
     for name in ("cold", "again"):
         seen = result.facts(name)
         assert seen["format"].startswith("kho-v4"), seen
@@ -41,7 +48,21 @@ def test_inspect_lists_the_frames_that_pagemap_does(vm: Play) -> None:
 
 @pytest.mark.full
 def test_the_kernel_still_writes_what_was_captured_of_it(vm: Play) -> None:
-    result = vm("golden", cmdline=("reserve_mem=2M:4096:log",), stage_deadline=150, deadline=300).require()
-    first = result.facts("first")
+    result = vm("golden", cmdline=(f"{RESERVE}:log",), stage_deadline=150, deadline=300).require()
+    first, second = result.facts("first"), result.facts("second")
+    if os.environ.get("KHOD_WRITE_GOLDEN"):
+        write(first, second)
     check_first(first)
-    check_second(result.facts("second"), first["frames"])
+    check_second(second, first["frames"])
+
+
+def write(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Into the directory that tests/unit/test_abi_golden.py reads."""
+    provenance = {
+        "kernel": first["version"],
+        "captured": datetime.now(UTC).date().isoformat(),
+        "by": f"tests/vm/scenarios/golden.py, cmdline {RESERVE}:log",
+        "arch": "x86-64, pages of 4096 bytes",
+    }
+    golden = {"provenance": provenance, "first": first, "second": second}
+    (Path(__file__).parents[1] / "golden" / f"linux-{first['release']}.json").write_text(json.dumps(golden, indent=0) + "\n")
