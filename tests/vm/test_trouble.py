@@ -10,6 +10,11 @@ from tests.vm.jumps import GUEST, SIZE
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 
+SLICE = """
+[Slice]
+MemoryMax=96M
+"""
+
 
 def test_a_cold_boot_after_the_jump_is_told_as_lost(boot: type[Host]) -> None:
     with boot() as host:
@@ -31,3 +36,21 @@ def test_a_cold_boot_after_the_jump_is_told_as_lost(boot: type[Host]) -> None:
         host.run("systemctl", "start", "guest.service")
         host.run("khoctl", "claim", "nobody", "--", "true", status=9)
         assert not host.records
+
+
+def test_a_limit_below_a_guests_memory_is_told_and_loses_nothing(boot: type[Host]) -> None:
+    with boot() as host:
+        host.programs("guest")
+        host.unit("guest.service", GUEST)
+        host.unit("small.slice", SLICE, start=False)
+        for name in ("khod", "khod-custodian"):
+            host.write(f"/etc/systemd/system/{name}.service.d/slice.conf", "[Service]\nSlice=small.slice\n")
+        host.run("khoctl", "load", KERNEL)
+        host.jump("khoctl", "update")
+        status = host.run("khoctl", "status").out
+        assert "memory" in status, status
+        assert "small.slice" in host.run("khoctl", "instances").out + status
+        host.run("systemctl", "set-property", "--runtime", "small.slice", "MemoryMax=infinity")
+        host.run("systemctl", "restart", "khod.service")
+        host.run("systemctl", "start", "guest.service")
+        assert host.record("held").facts["equal"]
