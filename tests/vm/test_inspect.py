@@ -15,7 +15,7 @@ from khod.inspect.views import KHOD
 from tests.unit.test_abi_golden import check_first, check_second
 from tests.vm.conftest import Play
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 RESERVE = "reserve_mem=2M:4096"
 OWN = {"khod, its folio map", "khod, its handover tree"}
 
