@@ -15,7 +15,7 @@ from khod.inspect.views import KHOD
 from tests.unit.test_abi_golden import check_first, check_second
 from tests.vm.conftest import Play
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vm, pytest.mark.full, pytest.mark.timeout(600)]
 RESERVE = "reserve_mem=2M:4096"
 OWN = {"khod, its folio map", "khod, its handover tree"}
 
@@ -46,7 +46,6 @@ def test_inspect_lists_the_frames_that_pagemap_does(vm: Play) -> None:
     assert result.facts("in place")["listed"]
 
 
-@pytest.mark.full
 def test_the_kernel_still_writes_what_was_captured_of_it(vm: Play) -> None:
     result = vm("golden", cmdline=(f"{RESERVE}:log",), stage_deadline=150, deadline=300).require()
     first, second = result.facts("first"), result.facts("second")
