@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -147,9 +148,10 @@ def main() -> None:
         before = machine.status()
         khod.start()
         machine.run(True)
+        ran = time.monotonic()
         for name in (MEMORY, *((MAPPINGS, DEVICE) if given.device else ())) if came else ():
             khod.finished(name)
-        print(json.dumps({"started": "warm" if came else "cold", **before}), flush=True)
+        print(json.dumps({"started": "warm" if came else "cold", "ran": ran, **before}), flush=True)
         orders = {"status": machine.status, "dma": machine.dma, "stray": machine.stray}
         for line in sys.stdin:
             order = line.strip()

@@ -280,14 +280,19 @@ def test_a_table_that_leads_out_of_what_is_registered_stops_the_update_before_it
     asyncio.run(scenario())
 
 
-def test_a_table_that_is_being_changed_when_all_stand_still_is_undone(world: World) -> None:
+@pytest.mark.parametrize(
+    ("offset", "written", "says"),
+    [(16, b"\xff" * 8, "being changed"), (ioas_table.FIRST + 16, MIB.to_bytes(8, "little"), "lead to bytes from 0x100000")],
+    ids=["half written", "leads beyond the memory"],
+)
+def test_a_table_that_is_no_good_when_all_stand_still_is_undone(world: World, offset: int, written: bytes, says: str) -> None:
     async def scenario() -> None:
         rig = Rig(world, [Card(EDU)])
         await rig.start()
         task = await world.held(State.PREPARED)
-        world.workload.write(rig.fds["table"], 16, b"\xff" * 8)
+        world.workload.write(rig.fds["table"], offset, written)
         await world.host.proceed()
-        with pytest.raises(UpdateFailed, match="being changed"):
+        with pytest.raises(UpdateFailed, match=says):
             await task
         assert rig.card().dma(IOVA, b"runs")
 
