@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``python -m tinyvmm [--cpus N] [--device] [SOCKET]``: run a guest, before a live update and, started again, after it.
+"""``python -m tinyvmm [--cpus N] [--device | --guest-memfd] [SOCKET]``: run a guest, before a live update and, started again,
+after it.
 
 On standard input it takes orders, one a line, and answers each with a line of JSON: ``status``, ``dma`` (guest page A to the
 device and back to page B), ``stray`` (the device writes where nothing is mapped), ``quit``.
@@ -83,14 +84,21 @@ class Machine(Workload):
         return {}
 
 
-def cold(khod: Participant, cpus: int, device: bool) -> Machine:
-    """A new guest, registered."""
+def memfd() -> int:
+    """Memory for the guest."""
     ram = os.memfd_create("tinyvmm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | 0x10)  # MFD_EXEC
     os.ftruncate(ram, guest.SIZE)
     fcntl.fcntl(ram, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
-    machine = Machine(Vm(ram, cpus))
+    return ram
+
+
+def cold(khod: Participant, cpus: int, device: bool, private: bool) -> Machine:
+    """A new guest, registered."""
+    machine = Machine(Vm(None if private else memfd(), cpus))
     machine.vm.reset()
-    khod.register(MEMORY, {"ram": ram}, states={"vcpus": STATE_ROOM}, lifetime="process")
+    ram = machine.vm.ram
+    options = {"carry": "yes"} if private else {}
+    khod.register(MEMORY, {"ram": ram}, states={"vcpus": STATE_ROOM}, options=options, lifetime="process")
     if device:
         iommu = machine.iommu = Iommu.create()
         iommu.map(0, guest.SIZE, MEMORY, "ram", ram)  # the device knows the guest's own addresses
@@ -134,6 +142,7 @@ def main() -> None:
     words = argparse.ArgumentParser(prog="tinyvmm", description=__doc__)
     words.add_argument("socket", nargs="?", type=Path, default=DEFAULT_SOCKET)
     words.add_argument("--cpus", type=int, default=1)
+    words.add_argument("--guest-memfd", action="store_true", help="with memory in a guest_memfd, which Linux 7.3 copies")
     words.add_argument("--device", action="store_true", help="with QEMU's edu device")
     given = words.parse_args()
     workload = Late()
@@ -142,9 +151,11 @@ def main() -> None:
         if isinstance(answer, Hold):
             sys.exit(f"the guest must not be started: {answer.reason}")
         came = isinstance(answer, Claimed)
-        machine = workload.machine = (
-            warm(khod, answer, given.device) if isinstance(answer, Claimed) else cold(khod, given.cpus, given.device)
-        )
+        if isinstance(answer, Claimed):
+            machine = warm(khod, answer, given.device)
+        else:
+            machine = cold(khod, given.cpus, given.device, given.guest_memfd)
+        workload.machine = machine
         before = machine.status()
         khod.start()
         machine.run(True)

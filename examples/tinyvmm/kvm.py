@@ -18,12 +18,13 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 
+from khod.abi import kvm as kvm_abi
 from tinyvmm import guest
 
 CREATE_VM, GET_VCPU_MMAP_SIZE = 0xAE01, 0xAE04
 CREATE_VCPU, SET_TSS_ADDR, SET_IDENTITY_MAP_ADDR, CREATE_IRQCHIP = 0xAE41, 0xAE47, 0x4008AE48, 0xAE60
 GET_IRQCHIP, SET_IRQCHIP = 0xC208AE62, 0x8208AE63
-SET_USER_MEMORY_REGION = 0x4020AE46
+SET_USER_MEMORY_REGION2, MEM_GUEST_MEMFD = 0x40A0AE49, 4
 RUN = 0xAE80
 GET_TSC_KHZ, SET_TSC_KHZ = 0xAEA3, 0xAEA2
 GET_SUPPORTED_CPUID, SET_CPUID2 = 0xC008AE05, 0x4008AE90
@@ -173,7 +174,8 @@ class Vcpu:
 class Vm:
     """A VM with its memory in a file, and its vCPUs."""
 
-    def __init__(self, ram: int, cpus: int) -> None:
+    def __init__(self, ram: int | None, cpus: int) -> None:
+        """`ram` is a memfd of the guest's size, owned; None for a new guest_memfd, which is this VM's and nobody else's."""
         kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
         if fcntl.ioctl(kvm, CHECK_EXTENSION, CAP_XSAVE2) > BLOBS["xsave"][2]:
             raise OSError(errno.EOPNOTSUPP, "this host's vCPUs have more state than KVM_GET_XSAVE knows of")
@@ -181,10 +183,16 @@ class Vm:
         _ioctl(self.fd, SET_TSS_ADDR, 0xFFFBD000)
         fcntl.ioctl(self.fd, SET_IDENTITY_MAP_ADDR, bytearray(struct.pack("<Q", 0xFFFBC000)))
         fcntl.ioctl(self.fd, CREATE_IRQCHIP, 0)
+        if private := ram is None:
+            shared = kvm_abi.GUEST_MEMFD_FLAG_MMAP | kvm_abi.GUEST_MEMFD_FLAG_INIT_SHARED
+            asked = kvm_abi.create_guest_memfd(guest.SIZE, shared)
+            ram = fcntl.ioctl(self.fd, kvm_abi.KVM_CREATE_GUEST_MEMFD, asked)
+        self.ram = ram
         self.memory = mmap.mmap(ram, guest.SIZE)
         self._anchor = ctypes.c_char.from_buffer(self.memory)
-        region = struct.pack("<IIQQQ", 0, 0, 0, guest.SIZE, ctypes.addressof(self._anchor))
-        fcntl.ioctl(self.fd, SET_USER_MEMORY_REGION, bytearray(region))
+        flags, backing = (MEM_GUEST_MEMFD, ram) if private else (0, 0)
+        region = struct.pack("<IIQQQQI", 0, flags, 0, guest.SIZE, ctypes.addressof(self._anchor), 0, backing)
+        fcntl.ioctl(self.fd, SET_USER_MEMORY_REGION2, bytearray(region.ljust(160, b"\0")))
         run_size = fcntl.ioctl(kvm, GET_VCPU_MMAP_SIZE, 0)
         self.vcpus = [Vcpu(self.fd, number, run_size) for number in range(cpus)]
         self._supported, self._msrs = _cpuid(kvm), _msr_list(kvm)

@@ -45,6 +45,13 @@ def test_a_kvm_guest_counts_on_through_two_updates(vm: Play) -> None:
 
 
 @pytest.mark.full
+def test_a_guest_whose_memory_is_a_guest_memfd_goes_on(vm: Play) -> None:
+    parameters = {"device": False, "guest_memfd": True}
+    result = vm("kvm_guest", cpu="max", parameters=parameters, stage_deadline=150, deadline=400).require()
+    check(result, {"tinyvmm": "preserved"})  # by then it is in a memfd, which the next update preserves as it is
+
+
+@pytest.mark.full
 def test_a_device_goes_on_with_the_same_iovas_and_no_mapping_by_its_client(vm: Play) -> None:
     result = vm(
         "kvm_guest", cpu="max", cmdline=("intel_iommu=on",), qemu=IOMMU, parameters={"device": True},

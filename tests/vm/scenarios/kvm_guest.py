@@ -24,6 +24,7 @@ class Vmm:
 
     def __init__(self, vm: Guest) -> None:
         device = ["--device"] if vm.parameters["device"] else []
+        device += ["--guest-memfd"] if vm.parameters.get("guest_memfd") else []
         log = open(vm.shared / f"tinyvmm-{vm.stage}.log", "wb")  # noqa: SIM115  # as long as the process
         self.process = subprocess.Popen(
             [sys.executable, "-S", "-m", "tinyvmm", "--cpus", "2", *device, str(SOCKET)],
