@@ -34,7 +34,8 @@ def check(result: Result, continuity: dict[str, str]) -> None:
         assert not ledger["problems"]
         blackout = ledger["spans"]["blackout"][0] + came["start"]  # khod's ends with restored; then the VMM starts
         gaps = [vcpu["gap"] / one["later"]["khz"] / 1000 for vcpu in one["later"]["vcpus"]]
-        assert all(abs(gap - blackout) < max(0.05 * gap, 0.05) for gap in gaps), (gaps, blackout)
+        # Nobody notes when khod, restored, comes to say READY=1: its API comes up in between, 1.2 s where it was seen.
+        assert all(-0.05 * gap < gap - blackout < 0.05 * gap + 3 for gap in gaps), (gaps, blackout)
     assert [end["state"] for end in stages(result, "end")] == ["idle", "idle"]
 
 
