@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 MARGIN = 30.0
 """Seconds that systemd waits beyond the deadline of an instance that is being restored."""
+FAREWELL = 1.0
+"""Seconds that systemd has to hear the last of it."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,6 +104,7 @@ async def serve(configuration: config.Config, notifier: Notifier) -> int:
             os._exit(0)
     notifier.tell("STOPPING=1")
     await beside(host.close(), notifier.keep_alive())
+    notifier.flush(FAREWELL)
     os.close(occupied)
     return 0
 

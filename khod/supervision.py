@@ -8,9 +8,12 @@ doing. It tells khod to end by SIGTERM, which by itself undoes nothing, and logi
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 import os
+import select
+import socket
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -18,7 +21,7 @@ from typing import Protocol, TypeVar
 from khod.core.alerts import Alert, alert
 from khod.core.host import Host
 from khod.core.state import State
-from khod.errors import InvalidRequest, KhodError
+from khod.errors import KhodError
 from khod.kernel import logind
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,8 @@ STATUS_INTERVAL = 1.0
 """Seconds within which a change of what khod does shows in systemd, and within which one who waits to end sees that he may."""
 ANY_MOMENT = 0.02
 """Seconds."""
+PILE = 64
+"""Notifications that may wait to be taken."""
 ANSWERABLE = frozenset({State.IDLE, State.RESTORED, State.LOST, State.ABORTED})
 """States in which `khoctl claim` has an answer for everybody: khod-restored.target is reached (decision 24)."""
 UNANSWERABLE = frozenset({State.RESTORING, State.FAILED, State.UNREACHABLE})
@@ -47,18 +52,26 @@ class Manager(Protocol):
 
 
 class Notifier:
-    """Notifications, where systemd listens for them. Made once, before the environment is passed on to anybody."""
+    """Notifications, where systemd listens for them. Made once, before the environment is passed on to anybody.
+
+    By the protocol of sd_notify(3) over a socket that does not block: libsystemd's call waits while the receiver's queue is
+    full, and a PID 1 that waits for khod must not have khod wait for it. What is not taken is said again with the next.
+    """
 
     def __init__(self) -> None:
-        self._listens = bool(os.environ.get("NOTIFY_SOCKET"))
+        self._socket: socket.socket | None = None
         self._status = ""
+        self._pile: deque[str] = deque(maxlen=PILE)
         self.watchdog = _watchdog()
         """Seconds within which systemd wants to hear that khod is alive; 0 when it does not."""
-        if self._listens and importlib.util.find_spec("systemd.daemon") is None:
-            # It would wait for ever, and so would every guest that is ordered after khod.
-            raise InvalidRequest(
-                "systemd waits for READY=1 and systemd-python is not installed", hint="pip install 'khod[systemd]'"
-            )
+        if address := os.environ.get("NOTIFY_SOCKET", ""):
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            try:
+                self._socket.connect("\0" + address[1:] if address[0] == "@" else address)
+            except OSError as error:  # systemd being told is no condition of anything that khod does
+                logger.warning("systemd cannot be told anything at %s: %s", address, error)
+                self._socket.close()
+                self._socket = None
 
     def status(self, text: str) -> None:
         """What khod is doing, for `systemctl status`; said once as long as it is the same."""
@@ -72,15 +85,31 @@ class Notifier:
         self.tell(f"STATUS={text}\nEXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
 
     def tell(self, text: str) -> None:
-        """One notification."""
-        if not self._listens:
-            return
-        from systemd.daemon import notify
+        """One notification, now or as soon as it is taken; the oldest of very many are dropped."""
+        self._pile.append(text)
+        self.flush(0)
 
-        try:
-            notify(text)
-        except OSError as error:  # systemd being told is no condition of anything that khod does
-            logger.warning("systemd cannot be told %r: %s", text, error)
+    def flush(self, seconds: float) -> bool:
+        """Wait at most so long until everything is taken; whether it is."""
+        deadline = time.monotonic() + seconds
+        while self._pile and self._socket is not None:
+            try:
+                self._socket.send(self._pile[0].encode())
+            except BlockingIOError:
+                left = deadline - time.monotonic()
+                if left <= 0 or not select.select([], [self._socket], [], left)[1]:
+                    return False
+                continue
+            except OSError as error:
+                logger.warning("systemd cannot be told %r: %s", self._pile[0], error)
+            self._pile.popleft()
+        return True
+
+    def close(self) -> None:
+        """Say no more."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
     async def keep_alive(self) -> None:
         """Say that khod is alive, twice in the time that systemd gives: from the event loop, since that is what must live."""

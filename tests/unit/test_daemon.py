@@ -44,20 +44,6 @@ def test_a_socket_that_is_taken_stops_it_before_anything_is_retrieved(tmp_path: 
     assert (status, "somebody answers" in said) == (3, True), said
 
 
-def test_systemd_without_its_bindings_is_an_error_and_not_a_unit_that_never_starts(tmp_path: Path) -> None:
-    config = tmp_path / "khod.yaml"
-    config.write_text(f"socket: {tmp_path}/khod.sock\nmachine: simulated:{tmp_path}/none\n")
-    hide = (
-        "import importlib.util as u; find = u.find_spec; "
-        "u.find_spec = lambda n, *a: None if n == 'systemd.daemon' else find(n, *a); "
-        "import khod.daemon; raise SystemExit(khod.daemon.main())"
-    )
-    status, said = khod(config, hide, NOTIFY_SOCKET=str(tmp_path / "notify"))
-    assert status == 2
-    assert "pip install 'khod[systemd]'" in said
-    assert not (tmp_path / "khod.sock").exists()
-
-
 def test_every_setting_of_the_core_comes_from_the_configuration() -> None:
     """With the same default, and each from a setting of its own."""
     assert daemon.core_settings(config.Config()) == Settings()

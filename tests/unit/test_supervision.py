@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from khod.core.state import State
-from khod.supervision import ANSWERABLE, UNANSWERABLE, Answerable, Notifier
+from khod.supervision import ANSWERABLE, PILE, UNANSWERABLE, Answerable, Notifier
 from tests.unit.daemons import CODE, ROOT, Daemon, powered
 from tests.unit.test_house import tool
 
@@ -55,12 +56,36 @@ def test_it_says_that_it_is_ready_lives_and_ends(place: Path) -> None:
     assert status == 0, said
 
 
-def test_progress_buys_time_and_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+def test_a_systemd_that_does_not_listen_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PID 1 may be waiting for khod: khod must not wait for it."""
+    with contextlib.ExitStack() as closing, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(10)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         notifier = Notifier()
+        closing.callback(notifier.close)
+        room = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
+        told = [f"STATUS={number}" for number in range(PILE + room)]
+        for text in told:
+            notifier.tell(text)
+        assert not notifier.flush(0.01), "the socket has no room for so many"
+        heard = []
+        while not notifier.flush(0):
+            heard.append(systemd.recv(4096).decode())
+        systemd.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                heard.append(systemd.recv(4096).decode())
+        assert heard == told, "in order, and nothing is lost of what there is room for"
+
+
+def test_progress_buys_time_and_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as closing, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        notifier = Notifier()
+        closing.callback(notifier.close)
         notifier.progress("Restored 1 of 2 instances", 150.0)
         assert systemd.recv(4096) == b"STATUS=Restored 1 of 2 instances\nEXTEND_TIMEOUT_USEC=150000000"
         notifier.status("Restored 1 of 2 instances")
