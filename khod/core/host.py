@@ -43,6 +43,9 @@ def _nobody(pid: int) -> None:
     """A host whose processes cannot be watched."""
 
 
+_MAKE_ROOM = "the file system of `state_directory` must have room and be writable"
+
+
 class Host:
     """One khod. `start` must have returned before anything else is called.
 
@@ -304,9 +307,14 @@ class Host:
             overridden = await self._preflight.pass_over(entries, self._image, overrides)
             if self.incoming is not None:
                 await self._finish()  # decision 7: what is not finished is not passed on
-            self.problems.clear()
-            update = self.last_update = self._new_update(secrets.token_hex(8), entries, hold_at, jump)
+            update = self._new_update(secrets.token_hex(8), entries, hold_at, jump)
             update.overridden = overridden
+            try:
+                update.journal_preparing()
+            except KhodError as error:
+                raise Refused(f"no update can start, for the journal cannot be written: {error.message}", hint=_MAKE_ROOM)
+            self.problems.clear()
+            self.last_update = update
             events = self._events.listen()
             task = update.start()
             task.add_done_callback(self._ended)

@@ -176,12 +176,14 @@ class Update:
             self._task.cancel()
         return self.state if self._task.done() else await asyncio.shield(self._task)
 
+    def journal_preparing(self) -> None:
+        """That it begins: before it does, for a khod that starts must know whether there is something to undo."""
+        self._journal.note(self.id, "state", state=State.PREPARING, release=self.boot.release, overridden=self.overridden)
+
     def _enter(self, state: State, message: str = "") -> None:
         if state not in TRANSITIONS[self.state]:
             raise AssertionError(f"no way from {self.state} to {state}")
         self.state = state
-        if state is State.PREPARING:
-            self._journal.note(self.id, "state", state=state, release=self.boot.release, overridden=self.overridden)
         self.say("state", message or state)
 
     def _end(self) -> None:

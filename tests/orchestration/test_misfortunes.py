@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from khod.core.state import HOLDABLE, State
-from khod.errors import MachineError, UpdateFailed
+from khod.errors import MachineError, Refused
 from khod.simulated import ProcessDied
 from tests.orchestration.world import ME, Recorder, World
 
@@ -70,8 +70,9 @@ def test_an_update_that_cannot_be_journalled_touches_nothing(world: World, disk:
         await world.khod()
         await world.register("vm", fd := world.memory(SIZE))
         spoil(world, disk)
-        with pytest.raises(UpdateFailed, match=said):
+        with pytest.raises(Refused, match=rf"journal.*{said}"):
             await world.update()
+        assert str(world.host.state) == "idle"
         assert not world.kernel.luo.outgoing
         assert world.intact(fd, SIZE)
         world.workload.truncate(fd, 2 * SIZE)
