@@ -109,3 +109,22 @@ def test_memory_that_linux_does_not_preserve_is_carried_twice(vm: Play) -> None:
     assert {name: seen[1] for name, seen in frozen.items()} == {"ram": "native", "huge": "carried", "rebuilt": "carried"}
     again = result.facts("again")
     assert (again["carrier"], again["rebuilt"], again["huge"]) == ("second", True, True)
+
+
+@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.full) for turn in (1, 2, "twins"))])
+def test_whoever_is_killed_between_two_calls_nothing_is_lost(vm: Play, turn: object) -> None:
+    result = vm("deaths", parameters={"turn": turn}, stage_deadline=300, deadline=500).require()
+    for death in result.facts("before")["deaths"]:
+        assert death["stood_still"] == (death["at"] != "preserve_fd"), death
+        assert death["at"] != "execute" or not death["went_on_by_itself"], death
+    after = result.facts("after")
+    assert after["deaths"] >= 20
+    assert {"retrieve_session", "retrieve_fd", "take", "append"} <= set(after["calls"])
+    claimed = result.facts("claimed")
+    assert claimed["state"] == "restored"
+    assert not claimed["problems"]
+    assert claimed["intact"] == {"one": True, "two": True}
+    assert claimed["states"]
+    assert claimed["end"] == "idle"
+    assert claimed["outcomes"][0] == "restored"
+    assert set(claimed["outcomes"][1:]) == {"aborted"}
