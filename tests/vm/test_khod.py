@@ -128,3 +128,22 @@ def test_whoever_is_killed_between_two_calls_nothing_is_lost(vm: Play, turn: obj
     assert claimed["end"] == "idle"
     assert claimed["outcomes"][0] == "restored"
     assert set(claimed["outcomes"][1:]) == {"aborted"}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_two_hundred_clients_come_through_whatever_five_of_them_do(vm: Play) -> None:
+    result = vm("crowd", memory="3G", stage_deadline=400, deadline=800).require()
+    garbage = result.facts("garbage")
+    assert garbage["sent"] < 8 << 20, "somebody read a message of a gibibyte"
+    thief = result.facts("thief")
+    assert set(thief) == {"claim", "unregister", "discard", "update", "grows"}
+    assert not [what for what in thief.values() if what not in ("NotPermitted", "Refused", "InvalidRequest")], thief
+    refused = result.facts("refused")
+    assert "silent" in refused["said"]
+    assert refused["aborted"] == 195
+    assert not refused["still"], "somebody was made to stand still for an update that policy refuses"
+    assert result.facts("twice")["second answers"][-2:] == ["Refused"] * 2
+    assert result.facts("restored")["state"] == "restored"
+    assert result.facts("thief after")["claim"] == "NotPermitted"
+    assert result.facts("claimed")["whole"] == 195
