@@ -10,10 +10,61 @@ from tests.vm.jumps import GUEST, SIZE
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 
+STATE = "/var/lib/khod"
 SLICE = """
 [Slice]
 MemoryMax=96M
 """
+
+
+def refused(host: Host) -> str:
+    """What khoctl says of an update that does not happen; nothing may have been begun but its journal."""
+    ran = host.run("khoctl", "update", status=None)
+    assert ran.status in (3, 6), ran
+    assert "preserve" not in ran.out
+    return ran.out + ran.err
+
+
+def test_trouble_before_an_update_is_told_and_refuses_it(boot: type[Host]) -> None:
+    with boot() as host:
+        second = host.run("khod", status=3).err
+        assert f"another khod uses {STATE}" in second
+        host.run("khoctl", "load", KERNEL)
+
+        host.run("systemctl", "stop", "khod.socket", "khod.service")
+        host.run(
+            "systemd-run",
+            "--quiet",
+            "--unit=squatter",
+            "systemd-socket-activate",
+            "--accept",
+            "-l",
+            "/run/khod/khod.sock",
+            "cat",
+        )
+        host.run("sh", "-c", "until test -S /run/khod/khod.sock; do :; done")
+        squatted = host.run("khod", status=None)
+        assert squatted.status
+        assert "/run/khod/khod.sock" in squatted.err
+        host.run("systemctl", "stop", "squatter.service")
+        host.run("rm", "-f", "/run/khod/khod.sock")
+
+        host.run("mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", STATE)
+        host.run("systemctl", "start", "khod.socket", "khod.service")
+        host.run("khoctl", "load", KERNEL)
+        host.run("sh", "-c", f"dd if=/dev/zero of={STATE}/filler bs=4k 2>/dev/null || true")
+        assert f"append to {STATE}/journal: No space left on device" in refused(host)
+        host.run("systemctl", "stop", "khod.service")
+        host.run("umount", STATE)
+
+        host.run("mount", "--bind", STATE, STATE)
+        host.run("mount", "-o", "remount,bind,ro", STATE)
+        host.run("systemctl", "start", "khod.service")
+        assert f"the state directory {STATE} cannot be written to" in host.run("khoctl", "status").out
+        assert STATE in refused(host)
+        host.run("umount", STATE)
+        host.run("systemctl", "restart", "khod.service")
+        assert STATE not in host.run("khoctl", "status").out
 
 
 def test_a_cold_boot_after_the_jump_is_told_as_lost(boot: type[Host]) -> None:
@@ -54,3 +105,17 @@ def test_a_limit_below_a_guests_memory_is_told_and_loses_nothing(boot: type[Host
         host.run("systemctl", "restart", "khod.service")
         host.run("systemctl", "start", "guest.service")
         assert host.record("held").facts["equal"]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_khod_starts_with_ten_thousand_descriptors_in_the_inits_store(boot: type[Host]) -> None:
+    with boot(deadline=800) as host:
+        host.programs("many")
+        host.program("many", "40", "250", seconds=600)
+        stored = host.run("systemctl", "show", "-P", "NFileDescriptorStore", "khod-custodian.service").out
+        assert int(stored) > 10_000
+        host.run("systemctl", "kill", "--signal=KILL", "khod.service", "khod-custodian.service")
+        host.run("systemctl", "start", "khod.service", seconds=120)
+        assert "instances    40" in host.run("khoctl", "status").out
+        host.run("khoctl", "unregister", "i7")
