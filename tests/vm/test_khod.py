@@ -111,7 +111,8 @@ def test_memory_that_linux_does_not_preserve_is_carried_twice(vm: Play) -> None:
     assert (again["carrier"], again["rebuilt"], again["huge"]) == ("second", True, True)
 
 
-@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.full) for turn in (1, 2, "twins"))])
+@pytest.mark.full
+@pytest.mark.parametrize("turn", [0, 1, 2, "twins"])
 def test_whoever_is_killed_between_two_calls_nothing_is_lost(vm: Play, turn: object) -> None:
     result = vm("deaths", parameters={"turn": turn}, stage_deadline=300, deadline=500).require()
     for death in result.facts("before")["deaths"]:

@@ -25,6 +25,7 @@ def refused(host: Host) -> str:
     return ran.out + ran.err
 
 
+@pytest.mark.full
 def test_trouble_before_an_update_is_told_and_refuses_it(boot: type[Host]) -> None:
     with boot() as host:
         second = host.run("khod", status=3).err
