@@ -96,8 +96,10 @@ class Notifier:
             try:
                 self._socket.send(self._pile[0].encode())
             except BlockingIOError:
+                poll = select.poll()  # select(2) knows descriptors below 1024 alone
+                poll.register(self._socket, select.POLLOUT)
                 left = deadline - time.monotonic()
-                if left <= 0 or not select.select([], [self._socket], [], left)[1]:
+                if left <= 0 or not poll.poll(left * 1000):
                     return False
                 continue
             except OSError as error:

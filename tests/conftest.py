@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 
 
@@ -10,3 +13,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("vm"):
             item.add_marker(pytest.mark.xdist_group("vm"))
+
+
+@pytest.fixture(autouse=True)
+def switched_off() -> Iterator[None]:
+    """No simulated machine outlives its test: thousands of them in one process would have all its descriptors."""
+    yield
+    world = sys.modules.get("tests.orchestration.world")
+    while world is not None and world.World.kernels:
+        world.World.kernels.pop().power_off()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Awaitable, Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,10 +152,9 @@ class Landed:
     def world(self) -> World:
         """A copy, booted."""
         self.scene.runs += 1
-        world = World.__new__(World)
+        world = copy(self.origin)
         world.directory = self.scene.directory / str(self.scene.runs) / "machine"
-        world.image, world.settings, world.plugins = self.origin.image, self.origin.settings, [Recorder()]
-        world.watch = self.origin.watch
+        world.plugins = [Recorder()]
         shutil.copytree(self.origin.directory, world.directory, copy_function=_sparse)
         world.boot()
         return world

@@ -8,7 +8,7 @@ import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import khod_guestmemfd
 
@@ -191,6 +191,9 @@ async def settled() -> None:
 class World:
     """A host: one kernel at a time, khod on it, and processes that use memory."""
 
+    kernels: ClassVar[list[Kernel]] = []
+    """All that were booted: whoever runs tests switches them off, for each has files open."""
+
     def __init__(
         self,
         directory: Path,
@@ -217,6 +220,7 @@ class World:
     def boot(self) -> None:
         """Start the machine: the next kernel after a jump, a cold boot otherwise."""
         self.kernel = Kernel.boot(self.directory, release=self.release)
+        self.kernels.append(self.kernel)
         self.workload = self.kernel.spawn("workload")
 
     async def khod(self) -> Host:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -13,6 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.waiting import readable
 
 ROOT = Path(__file__).parents[2]
 CODE = "import khod.daemon; raise SystemExit(khod.daemon.main())"
@@ -76,8 +77,8 @@ class Daemon:
         """Wait until a line that begins so is notified."""
         deadline = time.monotonic() + seconds
         while not any(line.startswith(what) for line in self.heard):
-            readable, _, _ = select.select([self._notified], [], [], max(0.0, deadline - time.monotonic()))
-            assert readable, f"no {what!r} in {self.heard}; {self.process.poll()}"
+            ready = readable(self._notified, seconds=deadline - time.monotonic())
+            assert ready, f"no {what!r} in {self.heard}; {self.process.poll()}"
             self.heard += self._notified.recv(4096).decode().splitlines()
 
     def forget(self) -> None:

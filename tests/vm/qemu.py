@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 
 from tests.vm import kernel as lab_kernel
 from tests.vm.tsc import host_tsc_khz
+from tests.waiting import readable
 
 QEMU = "qemu-system-x86_64"
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -125,7 +125,7 @@ def messages(channel: socket.socket, deadline: Deadline) -> Iterator[dict[str, A
         while b"\n" in pending:
             line, _, pending = pending.partition(b"\n")
             yield json.loads(line)
-        ready, _, _ = select.select([channel], [], [], deadline.left())
+        ready = readable(channel, seconds=deadline.left())
         part = channel.recv(65536) if ready else b""
         if not part:
             return

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import pty
 import re
-import select
 import signal
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from tests.vm.conftest import Play
 from tests.vm.runner import ROOT
+from tests.waiting import readable
 
 PROMPT = "lab# "
 
@@ -34,7 +34,7 @@ class Terminal:
         Raises TimeoutError or EOFError with what there was."""
         seen, deadline = b"", time.monotonic() + seconds
         while not seen.endswith(end.encode()) or not end:
-            ready, _, _ = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))
+            ready = readable(self.fd, seconds=deadline - time.monotonic())
             if not ready:
                 raise TimeoutError(f"no {end!r} within {seconds} s after: {seen.decode(errors='replace')}")
             try:

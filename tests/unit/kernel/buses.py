@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import select
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from jeepney import DBusAddress, HeaderFields, MessageType, message_bus, new_err
 from jeepney.io.blocking import DBusConnection, open_dbus_connection
 
 from tests.unit.test_house import tool
+from tests.waiting import readable
 
 CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
@@ -65,8 +65,7 @@ class Logind:
 
     def let_go(self, seconds: float) -> bool:
         """Whether the last inhibitor is let go of within that time; the bus may hold the message that it came in a while."""
-        readable, _, _ = select.select([self._held[-1]], [], [], seconds)
-        return bool(readable)
+        return bool(readable(self._held[-1], seconds=seconds))
 
     def close(self) -> None:
         """End it."""
