@@ -43,8 +43,10 @@ def after(vm: Guest) -> None:
         held = client.claim("vm-1")
         refused = khod.ctl("finish", status=3)
         vm.record("verdict", status=status, problems=list(problems), answer=held.answer, reason=held.reason, finish=refused)
-        khod.process.terminate()
-        vm.record("told to end", status=khod.told("Not stopping"))
+    ended = khod.stop()
+    khod = Khod(vm)
+    with khod.client() as client:
+        vm.record("ended", status=ended, state=client.status().state, answer=client.claim("vm-1").answer)
         answer = client.claim("vm-1", unverified=True)
         vm.record("claimed", answer=answer.answer, intact=filled(answer.fds[0], SIZE))
         client.finish()
