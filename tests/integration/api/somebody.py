@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pwd
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,9 +99,36 @@ def names(count: int) -> list[str]:
     return found[:count]
 
 
+class _Alone:
+    """Control groups are the host's: one process at a time makes some, however many."""
+
+    def __init__(self) -> None:
+        self._depth, self._file = 0, -1
+
+    def __enter__(self) -> None:
+        if not self._depth:
+            self._file = os.open(Path(tempfile.gettempdir(), "khod-control-groups.lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            os.close(self._file)
+
+
+_alone = _Alone()
+
+
 @contextmanager
 def control_group(name: str) -> Iterator[str]:
     """The directory of a control group of the unified hierarchy, such as 'system.slice/vmm.service', removed afterwards."""
+    with _alone, _control_group(name) as directory:
+        yield directory
+
+
+@contextmanager
+def _control_group(name: str) -> Iterator[str]:
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     root = next((Path(mount[1]) for mount in mounts if mount[2] == "cgroup2"), None)
     if root is None or not os.access(root, os.W_OK):

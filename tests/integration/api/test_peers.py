@@ -23,8 +23,6 @@ from khod.config import Rule
 from khod.core.callers import Kind, Owner, Right
 from khod.errors import NotPermitted
 
-pytestmark = pytest.mark.xdist_group("vm")  # its control groups are the host's: one worker at a time
-
 NONE = ""
 
 

@@ -22,8 +22,6 @@ from khod.core.callers import Right
 from tests.integration.api.served import Served, served
 from tests.integration.api.somebody import ONLY_ROOT, Somebody, control_group, names
 
-pytestmark = pytest.mark.xdist_group("vm")  # its control groups are the host's: one worker at a time
-
 REFUSED = "org.khod.Host.NotPermitted"
 
 

@@ -22,8 +22,6 @@ from khod.simulated import machine
 from tests.integration.api.somebody import ONLY_ROOT, Somebody, control_group, names
 from tests.orchestration.world import World, caller
 
-pytestmark = pytest.mark.xdist_group("vm")  # its control groups are the host's: one worker at a time
-
 RULES = (Rule("any", "", ("instances", "opaque")), Rule("unit", "khodtest-vmm@*.service", ("instances",)))
 
 
