@@ -70,7 +70,7 @@ class Edu:
         while self._word(COMMAND).value & START:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the device's DMA took more than {seconds:g} s")
-            time.sleep(0.002)
+            time.sleep(0.002)  # the device would interrupt; a witness that asks has no handler to go wrong
 
     def read_memory(self, iova: int, length: int) -> None:
         """Copy from memory into its buffer."""

@@ -354,7 +354,7 @@ def _field(value: Any, name: str) -> Any:
 def _index(fds: FileDescriptorArray, value: Any) -> int:
     """How a descriptor is written: as its place beside the message."""
     if not isinstance(value, FileDescriptor):
-        raise NotImplementedError(type(value).__name__)
+        raise NotImplementedError(type(value).__name__)  # what msgspec wants of a hook that does not know a type
     return fds.add(value)
 
 

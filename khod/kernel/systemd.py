@@ -109,7 +109,7 @@ class Systemd:
                 settled = True  # nobody there who could be preparing anything
             if settled or time.monotonic() > deadline:
                 return False
-            time.sleep(0.1)
+            time.sleep(0.1)  # neither PID 1 nor logind tells anybody that a job was queued: ask again
 
     def _queued(self) -> bool:
         job = self._ask("show", "kexec.target", "--property=Job", "--value")  # a number, or nothing, or an error

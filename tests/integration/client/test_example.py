@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples/client.py"
 
 _INIT = """
-import subprocess, sys, time
+import subprocess, sys
 from pathlib import Path
 from khod.api.client import connect
 from khod.errors import Lost
@@ -35,7 +35,6 @@ with Daemon(place) as daemon:
             print(khod.status().state, *(f"{view.name} {view.state}" for view in khod.instances()), flush=True)
             vmm.kill()
             raise SystemExit(0)
-        time.sleep(0.2)  # so that there is something to be lost
         khod.load(str(place / "bzImage"))
         for event in khod.update():
             if event.kind in ("problem", "failed"):
