@@ -80,6 +80,8 @@ class Participant:
         self._closing = threading.Event()
         self._over = False
         self._stage, self._update, self._due = Stage.FREE, "", 0.0
+        self._taking: set[str] = set()
+        """Handles of the instances that the update under way is asked about."""
 
     # --- what a VMM asks for
 
@@ -325,6 +327,8 @@ class Participant:
                 self._stage = Stage.EXECUTING
                 self._listen(None)
                 self._tell(self._workload.executing, view)
+            case "aborted" if view.handles and self._taking - set(view.handles):
+                self._left_behind(view)
             case "aborted":
                 self._resume(view.reason)
             case "restored":
@@ -339,6 +343,7 @@ class Participant:
         ask = {"preparing": self._workload.preparing, "quiesce": self._workload.quiesce, "commit": self._workload.commit}
         stage = {"preparing": Stage.PREPARING, "quiesce": Stage.STANDING}.get(view.phase, self._stage)
         self._stage, self._update = max(stage, self._stage), view.update
+        self._taking = set(view.handles or self._handles())
         with contextlib.ExitStack() as lent:
             try:
                 notice = self._notice(view, until, lent)
@@ -402,6 +407,14 @@ class Participant:
     def _resume_if_overdue(self) -> None:
         if self._stage is Stage.COMMITTED and time.monotonic() >= self._due:
             self._resume("no jump came before the deadline of commit")
+
+    def _left_behind(self, view: LifecycleView) -> None:
+        """It is over for these alone: the update goes on with the others, which must go on standing still."""
+        self._taking -= set(view.handles)
+        for name, mine in self._instances.items():
+            if mine.handle in view.handles and name in self._sessions:
+                os.close(self._sessions.pop(name))
+        self._tell(self._workload.aborted, view)
 
     def _resume(self, reason: str) -> None:
         """Let the workload go on, if it went along with an update."""

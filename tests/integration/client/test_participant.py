@@ -269,6 +269,19 @@ def test_an_update_from_preparing_to_executing(khod: ScriptedKhod, guest: Guest)
     assert guest.calls.empty()
 
 
+def test_one_instance_that_stays_behind_does_not_let_the_others_go_on(khod: ScriptedKhod, guest: Guest) -> None:
+    """The update goes on with them: a guest that ran now would run while its frozen state travels."""
+    with attending(khod, guest) as news:
+        for each in ("preparing", "quiesce"):
+            news.tell(each, "u1", handles=["h1", "h2"], deadline=30.0)
+            guest.expect(each)
+            assert khod.next("Ready").parameters["handles"] == ["h1", "h2"]
+        news.tell("aborted", "u1", handles=["h2"], reason="h2 stays behind")
+        assert "vm1" not in guest.expect("aborted").instances
+        news.tell("aborted", "u1", handles=["h1"], reason="it was undone")
+        assert guest.expect("aborted").reason == "it was undone", "until then vm1 stood still"
+
+
 @pytest.mark.parametrize("phase", ["preparing", "quiesce", "commit"])
 def test_an_exception_is_failed_with_its_text_and_the_workload_goes_on(khod: ScriptedKhod, guest: Guest, phase: str) -> None:
     guest.raises[phase] = ValueError("vCPU 3 will not stop")
