@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.client.attended import Guest
 from tests.integration.client.scripted import ScriptedKhod
 
 
@@ -14,3 +15,8 @@ def khod(tmp_path: Path) -> Iterator[ScriptedKhod]:
     made = ScriptedKhod(tmp_path / "khod.sock")
     yield made
     made.close()
+
+
+@pytest.fixture
+def guest() -> Guest:
+    return Guest()
