@@ -44,6 +44,12 @@ def test_the_contract_holds_on_the_running_kernel(vm: Play) -> None:
     assert facts["outcomes"]["passed"] >= 40
 
 
+def test_what_the_contract_says_of_a_jump_holds_across_a_real_one(vm: Play) -> None:
+    pairs = vm("pairs").require().facts("pairs")
+    assert not [f"{name}: {problem}" for name, problem in pairs["outcome"].items() if problem]
+    assert [*pairs["outcome"]] == pairs["all"]
+
+
 def test_the_state_disk_outlives_the_jump(vm: Play) -> None:
     result = vm("disk").require()
     assert result.facts("disk") == {"synced": "on the disk", "in_run": False, "stage": 1}
