@@ -121,7 +121,7 @@ def test_whoever_is_killed_between_two_calls_nothing_is_lost(vm: Play, turn: obj
         assert death["at"] != "execute" or not death["went_on_by_itself"], death
     after = result.facts("after")
     assert after["deaths"] >= 20
-    assert {"retrieve_session", "retrieve_fd", "take", "append"} <= set(after["calls"])
+    assert {"retrieve_session", "retrieve_fd", "keep", "append"} <= {*after["calls"]}
     claimed = result.facts("claimed")
     assert claimed["state"] == "restored"
     assert not claimed["problems"]
