@@ -151,10 +151,14 @@ class Book:
             self._append(_line(page))
             self.contents.pages[page.key] = page
 
-    def remove(self, entry: Entry, *, over: str = "") -> None:
-        """Forget an entry, and let go of its deposits; `over`: so is this incoming session."""
+    def remove(self, entry: Entry, *, over: str = "", heirs: Sequence[Entry] = ()) -> None:
+        """Forget an entry, and let go of its deposits; `over`: so is this incoming session. `heirs` shared its files: how they
+        stand now is noted by the same write, for a share of what is gone is none."""
         with self._lock:
-            self._append(lines.encode({"gone": _key(entry.key), "over": [over] if over else []}))
+            pages = [page_of(heir) for heir in heirs]
+            gone = lines.encode({"gone": _key(entry.key), "over": [over] if over else []})
+            self._append(b"".join([*map(_line, pages), gone]))
+            self.contents.pages.update((page.key, page) for page in pages)
             self.contents.pages.pop(entry.key, None)
             if over:
                 self.contents.over.add(over)

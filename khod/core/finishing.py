@@ -29,7 +29,7 @@ class Finisher:
         name = entry.incoming
         if entry.session < 0 or not name:
             return
-        for holder in (entry, *self._sharers(entry)):
+        for holder in (entry, *self._registry.sharers(entry)):
             await blocking(self._book.deposit, holder)
             await blocking(self._book.put, holder)
         if entry.grade is Grade.REGISTERED:  # an opaque one is its owner's to finish, and he has said that he did
@@ -43,10 +43,6 @@ class Finisher:
                 await entry.driver.finish(entry.view(self._machine))
             except KhodError as error:
                 self._problems.append(f"{entry.label}: its driver could not finish it: {error}")
-
-    def _sharers(self, entry: Entry) -> list[Entry]:
-        """Those whose files are in this one's session."""
-        return [e for e in self._registry if any(key == entry.key for key, _ in e.shares.values())]
 
     async def bookkeeping(self, incoming: Incoming) -> None:
         """Finish khod's own session, the last one."""

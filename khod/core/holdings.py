@@ -245,9 +245,12 @@ class Holdings:
         session = entry.incoming
         if session and entry.session < 0:  # it waits to be retrieved: freeing it takes that
             entry.session = await blocking(self.machine.liveupdate.retrieve_session, session)
+        sharers = self.registry.sharers(entry)
+        for sharer in sharers:  # what came in this one's session is not in custody for them by itself (decision 18)
+            await blocking(self.book.deposit, sharer)
         self.registry.remove(entry)
         self.broker.forget(entry.handle)
-        await blocking(self.book.remove, entry, over=session)
+        await blocking(self.book.remove, entry, over=session, heirs=sharers)
         await blocking(entry.close, self.machine)
         if session:
             await blocking(self.machine.custody.release, session)

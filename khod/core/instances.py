@@ -221,7 +221,6 @@ async def revive(machine: Machine, drivers: Drivers, page: Page) -> Entry:
         grade=page.grade,
         client_states=page.client_states,
         shareable=page.shareable,
-        shares=dict(page.shares),
         state=page.state,
     )
     take_up(entry, page)
@@ -233,7 +232,7 @@ def take_up(entry: Entry, page: Page) -> None:
     entry.handle, entry.lifetime = page.handle, page.lifetime
     entry.keeper_pid, entry.keeper_since = page.keeper_pid, page.keeper_since
     entry.attended, entry.since = page.attended, page.since
-    entry.deposits = dict(page.deposits)
+    entry.deposits, entry.shares = dict(page.deposits), dict(page.shares)
     entry.keepsake = {name: bytes.fromhex(value) for name, value in page.keepsake.items()}
     if entry.state is InstanceState.RESTORED:
         entry.state = page.state if page.state.sound else entry.state

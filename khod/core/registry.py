@@ -272,12 +272,14 @@ class Registry:
         if users := [e.label for e in self if e.owner == entry.owner and entry.name in e.requires]:
             raise Refused(f"{entry.label}: required by {', '.join(users)}", hint="unregister those first")
 
+    def sharers(self, entry: Entry) -> list[Entry]:
+        """Those whose files this one preserves."""
+        return [e for e in self if any(key == entry.key for key, _ in e.shares.values())]
+
     def remove(self, entry: Entry) -> None:
-        """Take one out; its descriptors go with it. Those who share its files preserve them by themselves from now on."""
-        del self._entries[entry.key]
-        self._handles.pop(entry.handle, None)
+        """Take one out; its descriptors go with it. Of those who share its files, the first preserves them from now on."""
         heirs: dict[str, tuple[Key, str]] = {}
-        for other in self:
+        for other in self.sharers(entry):
             for fd_name, (key, theirs) in list(other.shares.items()):
                 if key != entry.key:
                     continue
@@ -286,6 +288,8 @@ class Registry:
                 else:
                     del other.shares[fd_name]
                     heirs[theirs] = (other.key, fd_name)
+        del self._entries[entry.key]
+        self._handles.pop(entry.handle, None)
 
 
 _ASK = "ask somebody who may administer khod"

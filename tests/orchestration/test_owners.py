@@ -296,6 +296,47 @@ def test_who_shares_inherits_the_file_of_one_that_goes(world: World) -> None:
     asyncio.run(scenario())
 
 
+def test_heirs_are_heirs_to_a_khod_that_was_restarted_too(world: World) -> None:
+    async def scenario() -> None:
+        host = await world.khod()
+        fd = world.memory()
+        for name in ("ram", "peer-1", "peer-2"):
+            await registered(world, ME, name, world.workload.duplicate(fd), shareable=True, lifetime=Lifetime.PERSISTENT)
+        await host.unregister(ME, "ram")
+        world.kill(world.process)
+        await world.khod()
+        assert not world.entry("peer-1").shares
+        assert world.entry("peer-2").shares == {"memory": (world.entry("peer-1").key, "memory")}
+        host = await world.jump()
+        assert not host.problems
+        assert names(world) == ["peer-1", "peer-2"]
+
+    asyncio.run(scenario())
+
+
+def test_who_shares_keeps_the_file_of_one_that_came_through_and_is_discarded(world: World) -> None:
+    """Decision 18: it came in the other's session, and would be khod's alone once that is gone."""
+
+    async def scenario() -> None:
+        host = await world.khod()
+        fd = world.memory()
+        for name in ("ram", "peer"):
+            await registered(world, ME, name, world.workload.duplicate(fd), shareable=True, lifetime=Lifetime.PERSISTENT)
+        host = await world.jump()
+        await host.discard(ME, "ram")
+        world.kill(world.process)
+        host = await world.khod()
+        assert not host.problems
+        process, mine = await world.claimed("peer")
+        assert world.intact(mine, process=process)
+        host = await world.jump()  # and is preserved by itself from now on
+        assert not host.problems
+        process, mine = await world.claimed("peer")
+        assert world.intact(mine, process=process)
+
+    asyncio.run(scenario())
+
+
 def test_a_clients_own_state_comes_through(world: World) -> None:
     """Decision 9: khod makes the memory for it at its bound, the client writes it while it stands still."""
 
