@@ -25,7 +25,7 @@ from khod.core.registry import Entry, Registry
 from khod.core.service import Registration
 from khod.core.settings import Settings
 from khod.core.state import State
-from khod.errors import InvalidRequest, Refused
+from khod.errors import InvalidRequest, Lost, Refused
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +206,8 @@ class Holdings:
     ) -> views.ClaimView:
         """See `khod.core.service.Service`."""
         async with self.lock:
+            if not caller.connection.there:  # it waited for its turn: what hangs on who is gone would be let go of
+                raise Lost("the connection that claimed it is gone", hint="claim again")
             claimed = await self._claims.answer(
                 caller, name, owner, self._where.state, self._where.update_id, lifetime=lifetime, unverified=unverified
             )

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from khod.core.callers import Lifetime
 from khod.core.question import ANSWERED, Phase
 from khod.core.service import Registration
 from khod.core.state import State
 from khod.core.views import LifecycleView
-from khod.errors import UpdateFailed
-from tests.orchestration.world import QUICK, Guest, Scripted, World, caller, settled
+from khod.errors import Lost, UpdateFailed
+from tests.orchestration.world import QUICK, Guest, Link, Scripted, World, caller, settled
 
 
 async def vanish(client: Scripted, view: LifecycleView) -> None:
@@ -108,6 +109,26 @@ def test_a_client_that_exits_takes_its_instances_with_it_and_nothing_else(tmp_pa
         await Scripted("vm-2", **{phase: exits}).attend(host)
         host = await asyncio.wait_for(world.jump(), 50)
         assert [v.name for v in await host.instances()] == ["vm-1"]
+
+    asyncio.run(scenario())
+
+
+def test_a_claim_whose_connection_ends_before_its_turn_takes_nothing(world: World) -> None:
+    """It would be claimed by nobody, and be let go of at once."""
+
+    async def scenario() -> None:
+        await world.khod()
+        await world.register("vm-1", world.memory())
+        host = await world.jump()
+        link = Link()
+        async with host.holdings.lock:
+            claim = asyncio.create_task(host.claim(caller(connection=link), "vm-1", lifetime=Lifetime.CONNECTION))
+            await settled()
+            link.end()
+        with pytest.raises(Lost, match="the connection that claimed it is gone"):
+            await claim
+        process, fd = await world.claimed("vm-1")
+        assert world.intact(fd, process=process)
 
     asyncio.run(scenario())
 
