@@ -209,7 +209,8 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
         `answer` is 'fds'; 'cold' when no such instance came (start from disk); 'hold' when it exists and must not be started,
         from disk neither. Of `fds`, those that `states` names are what the client wrote: a u64 length, little-endian, then the
         bytes. `handle` is the instance's from now on. The first claim after a jump registers it again with `lifetime`, by
-        default that which it had. `unverified`, for who may administer, hands out what khod cannot vouch for.
+        default that which it had; later ones change nothing while the claimant keeps it, or has subscribed to it.
+        `unverified`, for who may administer, hands out what khod cannot vouch for.
         """
         asked = None if lifetime is None else _lifetime(lifetime)
         view = await self._service.claim(self._caller, name, owner=owner, lifetime=asked, unverified=unverified)

@@ -181,11 +181,15 @@ class Broker:
                 hint=f"ask after you heard {phase}, and before you answer it",
             )
 
+    def answers(self, handle: str) -> bool:
+        """Whether a living client answers for this instance."""
+        return self._living(handle) is not None
+
     # For the update
 
     def without_client(self, entries: Iterable[Entry]) -> list[Entry]:
         """Those that a client has to answer for, and nobody is there who does."""
-        return [e for e in entries if e.attended and self._living(e.handle) is None]
+        return [e for e in entries if e.attended and not self.answers(e.handle)]
 
     async def ask(self, phase: Phase, update: str, entries: Sequence[Entry], limit: float) -> dict[str, KhodError]:
         """Ask the clients of these instances, all at once, and wait at most `limit` seconds. Returns which instances failed, by

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 
 from khod.core.alerts import Alert, alert
-from khod.core.book import Book
+from khod.core.broker import Broker
 from khod.core.callers import Caller, Lifetime, Right
 from khod.core.instances import check_lifetime, new_handle
 from khod.core.journal import Journal
@@ -37,8 +37,8 @@ class Claimed:
 class Claims:
     """Answers claims."""
 
-    def __init__(self, machine: Machine, registry: Registry, journal: Journal, book: Book) -> None:
-        self._machine, self._registry, self._journal, self._book = machine, registry, journal, book
+    def __init__(self, machine: Machine, registry: Registry, journal: Journal, broker: Broker) -> None:
+        self._machine, self._registry, self._journal, self._broker = machine, registry, journal, broker
 
     async def answer(
         self,
@@ -93,12 +93,18 @@ class Claims:
                 raise
             return hold(f"an instance {name!r} of somebody else is here: a second life could ruin its disk")
 
+    def _changes_hands(self, entry: Entry) -> bool:
+        """Whether who claims it is its client from now on. Of one whose client is there others get descriptors, and no more:
+        with another handle it would not hear of the next update, and its guest would run into the jump."""
+        if entry.state is InstanceState.REGISTERED:
+            return False
+        kept = entry.keeper is not None and entry.keeper.there
+        return entry.state is not InstanceState.CLAIMED or not (kept or self._broker.answers(entry.handle))
+
     def _hand_out(self, entry: Entry, lifetime: Lifetime | None) -> Claimed:
         duplicate = self._machine.files.duplicate
         void = entry.handle
-        changes_hands = entry.state is not InstanceState.REGISTERED and (
-            entry.state is not InstanceState.CLAIMED or entry.keeper is None or not entry.keeper.there
-        )
+        changes_hands = self._changes_hands(entry)
         if changes_hands:
             self._registry.set_handle(entry, new_handle())
             entry.lifetime = lifetime or entry.lifetime

@@ -71,7 +71,7 @@ class Holdings:
         self.broker = Broker(self.registry, machine.clock, lambda: (where.state, where.update_id))
         self.keepers = Keepers(watch, self.registry, self._keeper_ended)
         self._where = where
-        self._claims = Claims(machine, self.registry, journal, self.book)
+        self._claims = Claims(machine, self.registry, journal, self.broker)
         self._ending: set[asyncio.Task[None]] = set()
 
     def take_up(self, entries: Sequence[Entry]) -> None:

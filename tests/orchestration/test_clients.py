@@ -53,6 +53,24 @@ async def refused(world: World, match: str, *overrides: str) -> None:
 # What clients hear, and when
 
 
+def test_who_claims_what_a_client_answers_for_takes_nothing_from_it(world: World) -> None:
+    """An operator who looks at it must not cut its guest off from the next update."""
+
+    async def scenario() -> None:
+        await world.khod()
+        await world.register("vm-1", world.memory())
+        host = await world.jump()
+        guest = Guest("vm-1")
+        claim = await host.claim(guest.me, "vm-1")
+        await guest.attend(host)
+        await host.finished(guest.me, claim.handle)
+        assert (await host.claim(ME, "vm-1")).handle == claim.handle
+        await world.jump()
+        assert guest.log[-4:] == ["preparing", "quiesce", "commit", "executing"]
+
+    asyncio.run(scenario())
+
+
 def test_what_a_client_hears_is_true_when_it_hears_it(world: World) -> None:
     async def scenario() -> None:
         world.plugins = [recorder := Recorder()]
