@@ -205,9 +205,9 @@ class Startup:
         self.progress(f"Restored {self._done} of {len(self.incoming.carried)} instances")
 
     def _restored_again(self, verification: Verification) -> State:
-        """What came through was accepted earlier in this boot, and taken up again by a khod that was started anew."""
-        assert self.last is not None
-        if self.last.state is not State.RESTORED:
+        """What came through was accepted earlier in this boot, and taken up again by a khod that was started anew; with a
+        journal that knows nothing of it, where that had to be moved away."""
+        if self.last is None or self.last.state is not State.RESTORED:
             self._note(State.RESTORED, problems=verification.problems)
         return State.RESTORED
 

@@ -94,6 +94,13 @@ def test_an_update_without_a_journal_entry_is_restored(world: World) -> None:
         host = await world.khod()
         assert host.state is State.RESTORED
         assert [v.name for v in await host.instances()] == ["vm-1"]
+        world.kill(world.process)
+        for path in (world.directory / "disk").iterdir():  # as an operator does with a journal that is damaged
+            path.unlink()
+        host = await world.khod()
+        assert host.state is State.RESTORED
+        await host.finish()
+        assert (await world.jump()).state is State.RESTORED
 
     asyncio.run(scenario())
 
