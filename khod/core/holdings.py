@@ -148,7 +148,7 @@ class Holdings:
     async def note(self, entry: Entry) -> None:
         """Note how an entry stands now, unless it has been let go of."""
         async with self.lock:
-            if entry.key in self.registry and self.registry.get(entry.key) is entry:
+            if self.registry.holds(entry):
                 await blocking(self.book.put, entry)
 
     async def register_opaque(self, caller: Caller, name: str, lifetime: Lifetime) -> views.RegisteredView:
@@ -221,7 +221,7 @@ class Holdings:
 
     def _keeper_ended(self, entry: Entry) -> None:
         """Decision 5: before everything stands frozen its memory is let go of; between that and its claim nothing changes."""
-        if entry.key not in self.registry or self.registry.get(entry.key) is not entry or entry.state.unclaimed:
+        if not self.registry.holds(entry) or entry.state.unclaimed:
             return
         if self._where.ended_in_update(entry):
             return
@@ -232,7 +232,7 @@ class Holdings:
     async def _end(self, entry: Entry) -> None:
         async with self.lock:
             over = entry.keeper is None or not entry.keeper.there
-            if over and entry.key in self.registry and self.registry.get(entry.key) is entry:
+            if over and self.registry.holds(entry):
                 logger.info("instance %s: its %s is over: let go of", entry.label, entry.lifetime)
                 await self._let_go(entry)
 

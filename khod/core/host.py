@@ -103,11 +103,11 @@ class Host:
         """Begin the verification beside the workload, once: when those who wait for their memory can be answered. None when
         there is nothing to verify."""
         if self._verifying is None and self._startup is not None and self._state is State.RESTORED:
-            self._verifying = asyncio.create_task(self._startup.verify(self.problems), name="verify")
+            self._verifying = asyncio.create_task(self._startup.verify(self.problems, self.registry.holds), name="verify")
         return self._verifying
 
     async def verified(self) -> None:
-        """Wait until it is through."""
+        """Wait until it is through: before anything is finished, and without the lock, for others want their memory now."""
         if (verifying := self.verify()) is not None:
             await asyncio.shield(verifying)
 
@@ -225,11 +225,11 @@ class Host:
 
     async def finished(self, caller: Caller, handle: str) -> None:
         """See Service."""
+        await self.verified()
         async with self._lock:
             entry = self.registry.by_handle(caller, handle)
             if entry.state is not InstanceState.CLAIMED:
                 raise Refused(f"{entry.label} is {entry.state}", hint="it is claimed first, and finished then")
-            await self.verified()
             await self._finisher.one(entry)
             restored = self.incoming is not None and self.state is State.RESTORED
             if restored and not any(e.incoming for e in self.registry):
@@ -300,6 +300,7 @@ class Host:
             raise InvalidRequest(f"no way to jump is called {jump!r}", hint="direct or systemd")
         if hold_at is not None and not hold_at.holdable:
             raise InvalidRequest(f"cannot hold at {hold_at}", hint=f"one of {', '.join(HOLDABLE)}")
+        await self.verified()
         async with self._lock:
             if not self.state.resting:
                 raise Refused(f"no update can start while khod is {self.state}", hint="see `khoctl status`")
@@ -366,13 +367,13 @@ class Host:
 
     async def finish(self) -> Sequence[str]:
         """See Service."""
+        await self.verified()
         async with self._lock:
             return await self._finish()
 
     async def _finish(self) -> list[str]:
         if self.incoming is None or self.state not in (State.RESTORED, State.FAILED):
             raise Refused("there is nothing to finish", hint=f"khod is {self.state}")
-        await self.verified()
         if found := self._finisher.blockers():
             raise Refused(
                 f"not finished: {'; '.join(found)}",

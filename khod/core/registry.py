@@ -193,6 +193,10 @@ class Registry:
     def __contains__(self, key: Key) -> bool:
         return key in self._entries
 
+    def holds(self, entry: Entry) -> bool:
+        """Whether it was not let go of: another may have its name by now."""
+        return self._entries.get(entry.key) is entry
+
     def get(self, key: Key) -> Entry:
         """By owner and name. Raises InvalidRequest."""
         try:

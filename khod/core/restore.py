@@ -18,13 +18,11 @@ from khod.core.blocking import blocking
 from khod.core.book import Book
 from khod.core.driver import Declaration, Drivers, Preserve, Request, StateArea
 from khod.core.incoming import Incoming
-from khod.core.learning import FramesDigest, windows
 from khod.core.node import Carried
 from khod.core.ports import Machine
 from khod.core.registry import Entry, Grade, InstanceState, Key, order
 from khod.core.settings import Settings
 from khod.errors import DeadlinePassed, FormatError, KhodError
-from khod.folio.blocks import Blocks, OrderDifference
 
 logger = logging.getLogger(__name__)
 
@@ -241,41 +239,3 @@ class Restorer:
             if self.incoming.map is not None and not self.incoming.map.contains(folio.pfn, folio.order):
                 raise FormatError(f"{entry.label}: page {page} of {name!r}: folio {folio.pfn:#x} is not in the folio map")
         self.verification.frames += len(chosen)
-
-
-def verify_rest(machine: Machine, incoming: Incoming, entries: list[Entry]) -> Verification:
-    """Compare every folio with what was noted, and their union with the map, beside the running workload. Blocks.
-
-    What differs is reported, not judged: after a retrieve the kernel may migrate pages again, bytes and all.
-    """
-    result = Verification()
-    union = Blocks()
-    noted = {c.key: c for c in incoming.carried}
-    for entry in entries:
-        carried = noted.get(entry.key)
-        if carried is None or not entry.state.sound or entry.session < 0:
-            continue
-        del noted[entry.key]
-        memory = [entry.fds[carried.fds[index]] for index in carried.memory]
-        areas = [entry.states[name].fd for name in carried.states if name in entry.states]
-        for fd, was in zip([*memory, *areas], carried.frames, strict=True):
-            digest = FramesDigest()
-            for window in windows(machine, fd):
-                union.add(window.pfns, window.orders)
-                digest.add(window)
-            if digest.digest() != was:
-                result.problems.append(f"{entry.label}: some of its pages are in other frames than before the jump")
-    for fd in (incoming.tree_fd, incoming.map_fd):
-        for window in windows(machine, fd) if fd >= 0 else ():
-            union.add(window.pfns, window.orders)
-    result.folios = union.folio_count
-    if incoming.map is not None and not noted:
-        missing, extra = incoming.map.difference(union)
-        result.problems += [f"the folio map lacks {_said(d)}" for d in missing]
-        result.problems += [f"the folio map lists {_said(d)}, which nothing has" for d in extra]
-    return result
-
-
-def _said(difference: OrderDifference) -> str:
-    first = ", ".join(f"{folio.pfn:#x}" for folio in difference.first)
-    return f"{difference.folios} folios of order {difference.order} (first frames {first})"

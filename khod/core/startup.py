@@ -20,9 +20,10 @@ from khod.core.journal import Journal, Record
 from khod.core.ledger import Ledger
 from khod.core.ports import Boot, Machine
 from khod.core.registry import Entry, Key
-from khod.core.restore import Restorer, Verification, verify_rest
+from khod.core.restore import Restorer, Verification
 from khod.core.settings import Settings
 from khod.core.state import State
+from khod.core.verifying import Rest
 from khod.errors import DeviceBroken, DeviceMissing, KhodError, MachineError, Refused, SessionUnknown
 
 logger = logging.getLogger(__name__)
@@ -256,16 +257,21 @@ class Startup:
                 self.ledger.add("blackout", frozen + between + restoring, uncertainty=uncertainty)
         self.ledger.add(State.RESTORING, restoring)
 
-    async def verify(self, problems: list[str]) -> None:
+    async def verify(self, problems: list[str], there: Callable[[Entry], bool]) -> None:
         """The rest of the verification, beside the workload; what differs is added to `problems`. Only a first restore has
-        one: frames may move any time after it."""
+        one: frames may move any time after it. `there` says of an instance whether it was let go of meanwhile."""
         assert self.incoming is not None
         if self._verification is None:
             return
+        rest = Rest(self.machine, self.incoming)
         try:
-            rest = await blocking(verify_rest, self.machine, self.incoming, list(self.entries))
-        except KhodError as error:
-            # Its owner has it already and may do with it what he likes: make a hole, for one.
+            for entry in self.entries:
+                if there(entry):
+                    await rest.compare(entry)
+            await blocking(rest.end)
+        except Exception as error:  # finishing waits for this: it must come to an end
+            if not isinstance(error, KhodError):
+                logger.exception("verification beside the workload")
             problems.append(f"not every folio could be compared: {error}")
             return
         problems += rest.problems

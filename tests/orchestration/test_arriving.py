@@ -327,23 +327,6 @@ def test_a_khod_that_ended_before_it_was_finished_says_what_is_gone(world: World
     asyncio.run(scenario())
 
 
-def test_verification_beside_the_workload_sees_pages_that_moved(world: World) -> None:
-    """Whether the kernel gives back other frames than it was given shows, for every folio and not for the sample alone."""
-
-    async def scenario() -> None:
-        await world.khod()
-        await world.register("vm-1", world.memory())
-        await jumped(world)
-        host = await world.khod()
-        await host.verified()
-        assert not host.problems
-        assert host.incoming is not None
-        assert host.incoming.map is not None
-        assert host.incoming.map.folio_count == int((await host.history())[0].checked.split("all ")[1].split()[0])
-
-    asyncio.run(scenario())
-
-
 def test_a_whole_comparison_on_request(tmp_path: Path) -> None:
     async def scenario() -> None:
         from dataclasses import replace
