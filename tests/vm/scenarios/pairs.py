@@ -34,7 +34,7 @@ def before(vm: Guest) -> None:
 
 
 def after(vm: Guest) -> None:
-    # What is freed in a burst waits on lists of each CPU, up to tens of MiB that no figure counts as free, unless they are short.
+    # What is freed in a burst waits on lists of each CPU, tens of MiB that no figure counts as free, unless they are short.
     Path("/proc/sys/vm/percpu_pagelist_high_fraction").write_text("1000000")
     contract = rig(vm)
     remembered = json.loads((vm.state / "remembered.json").read_text())
