@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"instead of {config.DEFAULT_PATH}")
     parser.add_argument("--version", action="version", version=f"khod {__version__}")
     arguments = parser.parse_args(argv)
+    raise_descriptor_limit()
     try:
         settings = config.load(arguments.config)
         set_up_logging(settings.log_level)
@@ -59,6 +61,12 @@ def main(argv: list[str] | None = None) -> int:
             if error.hint:
                 print(f"khod: {error.hint}", file=sys.stderr)  # noqa: T201
         return error.exit_status
+
+
+def raise_descriptor_limit() -> None:
+    """As many open descriptors as may be: the customary 1024 are for programs that use select(2); guests have more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def serve(configuration: config.Config, notifier: Notifier) -> int:

@@ -32,7 +32,7 @@ from khod.core.views import (
     StatusView,
     UpdateView,
 )
-from khod.errors import FormatError, Lost, NotPermitted
+from khod.errors import FormatError, InvalidRequest, Lost, NotPermitted
 
 MAX_ANSWER = 64 << 20
 _MAX_FDS = 253  # SCM_MAX_FD, include/net/scm.h
@@ -79,11 +79,16 @@ class Asked(TypedDict, total=False):
 
 
 class Client:
-    """One connection. Every method raises the `khod.errors` class that khod raised, and Lost when the connection ends."""
+    """One connection. Every method raises the `khod.errors` class that khod raised, and Lost when the connection ends.
+
+    khod answers a connection's calls one after another. While the events of an update or a subscription are to come, another
+    call would be answered after them, and raises InvalidRequest instead.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._buffer = bytearray()
+        self._more_to_come = False
 
     def __enter__(self) -> Self:
         return self
@@ -169,19 +174,18 @@ class Client:
     def states(self, handle: str) -> dict[str, int]:
         """The state memfds of an instance that is asked to stand still, by name, owned by the caller."""
         self._send("GetStates", {"handle": handle})
-        with self._answer() as (parameters, fds, _):
+        with self._answer() as (parameters, fds):
             return dict(_received(_view(parameters, "states", list[_Sent]), fds))
 
     def open_session(self, handle: str) -> int:
         """A kernel session for an opaque instance, owned by the caller."""
         self._send("OpenSession", {"handle": handle})
-        with self._answer() as (parameters, fds, _):
+        with self._answer() as (parameters, fds):
             return _received([_Sent("session", _view(parameters, "session", int))], fds)[0][1]
 
     def _events(self, kind: type[V]) -> Iterator[V]:
-        continues = True
-        while continues:
-            with self._answer() as (parameters, _, continues):
+        while self._more_to_come:
+            with self._answer() as (parameters, _):
                 event = _view(parameters, "event", kind) if parameters.get("event") is not None else None
             if event is not None:
                 yield event
@@ -198,7 +202,7 @@ class Client:
         """An instance's descriptors, close-on-exec and owned by the caller, or why there are none."""
         parameters = {"name": name, "owner": owner, "unverified": unverified}
         self._send("Claim", parameters | ({} if lifetime is None else {"lifetime": lifetime}))
-        with self._answer() as (answer, fds, _):
+        with self._answer() as (answer, fds):
             claim = _view(answer, "claim", _ClaimAnswer)
             received = _received(claim.fds, fds)
         return ClaimView(
@@ -234,10 +238,12 @@ class Client:
 
     def _ask(self, method: str, parameters: Mapping[str, Any] | None = None, fds: Sequence[int] = ()) -> Mapping[str, Any]:
         self._send(method, parameters or {}, fds)
-        with self._answer() as (answer, _, _):
+        with self._answer() as (answer, _):
             return answer
 
     def _send(self, method: str, parameters: Mapping[str, Any], fds: Sequence[int] = (), more: bool = False) -> None:
+        if self._more_to_come:
+            raise InvalidRequest(f"{method}: events are still to come on this connection", hint="use another")
         call = {"method": f"{INTERFACE}.{method}", "parameters": parameters} | ({"more": True} if more else {})
         data = json.dumps(call).encode() + b"\0"
         try:
@@ -245,20 +251,22 @@ class Client:
             self._sock.sendall(data[sent:])
         except OSError as error:
             raise _gone(error)
+        self._more_to_come = more
 
     @contextmanager
-    def _answer(self) -> Iterator[tuple[Mapping[str, Any], list[int], bool]]:
-        """The next answer: its parameters, its descriptors and whether another follows.
+    def _answer(self) -> Iterator[tuple[Mapping[str, Any], list[int]]]:
+        """The next answer: its parameters and its descriptors.
 
         Those descriptors that are still in the list at the end of the context are closed.
         """
         fds: list[int] = []
         try:
             answer = _object(self._read(fds))
+            self._more_to_come = bool(answer.get("continues"))
             parameters = answer.get("parameters") or {}
             if "error" in answer:
                 raise error_of(str(answer["error"]), parameters)
-            yield parameters, fds, bool(answer.get("continues"))
+            yield parameters, fds
         finally:
             for fd in fds:
                 os.close(fd)

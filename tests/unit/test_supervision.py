@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import subprocess
 import sys
@@ -151,6 +152,14 @@ def test_a_luod_that_is_there_already_stops_it(place: Path) -> None:
         with Daemon(place) as khod:
             status, said = khod.ended()
     assert (status, f"somebody answers at {luod}" in said, "is luod running?" in said) == (3, True, True), said
+
+
+def test_it_may_open_as_many_descriptors_as_its_user_may(place: Path) -> None:
+    """A hundred guests have more than the customary thousand."""
+    with Daemon(place, before=("prlimit", "--nofile=1024:3000")) as khod:
+        khod.hear("READY=1")
+        limits = Path(f"/proc/{khod.process.pid}/limits").read_text()
+    assert re.search(r"^Max open files +3000 +3000 ", limits, re.M), limits
 
 
 def test_a_second_khod_on_the_same_state_touches_nothing(place: Path) -> None:

@@ -324,10 +324,13 @@ def test_an_update_streams_its_events_as_they_happen(khod: Served, client: Clien
     events = client.update("frozen")
     seen = [next(events) for _ in range(5)]
     assert [(event.state, event.kind) for event in seen[-2:]] == [("frozen", "state"), ("frozen", "held")]
+    with pytest.raises(InvalidRequest, match="Continue: events are still to come on this connection"):
+        client.proceed()
     with connect(khod.path, timeout=10) as other:
         assert other.status().held
         other.proceed()
     assert [event.state for event in events] == ["executing"]
+    assert client.status().state
 
 
 def test_an_update_that_fails(khod: Served, client: Client) -> None:
@@ -343,6 +346,7 @@ def test_an_update_that_fails(khod: Served, client: Client) -> None:
 def test_an_update_that_may_not_start(client: Client) -> None:
     with pytest.raises(Refused, match="no kernel is loaded"):
         next(client.update())
+    assert client.status().state
     with pytest.raises(InvalidRequest, match="'executing' is no state to hold at"):
         next(client.update("executing"))
 
@@ -422,7 +426,7 @@ def test_calls_sent_ahead_keep_their_own_descriptors(khod: Served, client: Clien
         for name, fd in (("vm1", one), ("vm2", two)):
             client._send("Register", {"name": name, "driver": "guestmemfd", "fds": [{"name": "ram", "fd": 0}]}, [fd])
         for size in (1, 2):
-            with client._answer() as (parameters, _, _):
+            with client._answer() as (parameters, _):
                 assert parameters["instance"]["size"] == size
 
 

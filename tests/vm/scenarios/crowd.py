@@ -14,6 +14,7 @@ import pwd
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,10 @@ def in_child(user: str, work: Callable[[Callable[[Any], None]], None]) -> Any:
             os.close(inward)
             become(user)
             with open(outward, "w", buffering=1) as out:
-                work(lambda said: print(json.dumps(said), file=out))
+                try:
+                    work(lambda said: print(json.dumps(said), file=out))
+                except BaseException:
+                    print(json.dumps(traceback.format_exc()), file=out)
         finally:
             os._exit(0)
     os.close(outward)
@@ -168,10 +172,10 @@ def before(vm: Guest) -> None:
     began = time.monotonic()
     crowd = [in_child(GOOD, harmless(number)) for number in range(PROCESSES)]
     for process in crowd:
-        assert json.loads(process.readline()) == "registered"
+        assert (said := json.loads(process.readline())) == "registered", said
     registered = time.monotonic() - began
     answers_twice = in_child(BAD, twice)
-    assert json.loads(answers_twice.readline()) == "registered"
+    assert (said := json.loads(answers_twice.readline())) == "registered", said
     vm.record("garbage", **json.loads(in_child(BAD, garbage).readline()))
     vm.record("thief", **json.loads(in_child(BAD, thief).readline()))
 
@@ -201,7 +205,7 @@ def before(vm: Guest) -> None:
         except Refused as error:
             raise AssertionError(str(error)) from error
         vm.record("twice", **json.loads(answers_twice.readline()))
-        client.proceed()
+        quiet.proceed()
     threading.Event().wait()
 
 
