@@ -110,18 +110,21 @@ class Holdings:
             try:
                 self._where.require_still("register an instance")
                 entry = await new_entry(self.machine, self.registry, self.drivers, self.settings, caller, asked, fds)
-                await blocking(self.book.deposit, entry)
                 self.registry.add(entry)
             except BaseException:
                 for _, fd in fds:
                     self.machine.files.close(fd)
                 raise
-            presence = keeper()
-            if presence is None and asked.lifetime is not Lifetime.PERSISTENT:
+            try:
+                await blocking(self.book.deposit, entry)
+                presence = keeper()
+                if presence is None and asked.lifetime is not Lifetime.PERSISTENT:
+                    raise InvalidRequest(f"there is no process {pid} to keep {entry.label}")
+                self.keepers.hang(entry, presence, pid)
+                await blocking(self.book.put, entry)
+            except BaseException:
                 await self._let_go(entry)
-                raise InvalidRequest(f"there is no process {pid} to keep {entry.label}")
-            self.keepers.hang(entry, presence, pid)
-            await blocking(self.book.put, entry)
+                raise
             return entry
 
     async def _registered(self, entry: Entry) -> views.RegisteredView:
@@ -157,8 +160,12 @@ class Holdings:
             self._where.require_still("register an instance")
             entry = new_opaque(self.machine, self.registry, self.settings, caller, name, lifetime)
             self.registry.add(entry)
-            self.keepers.bind(entry, caller)
-            await blocking(self.book.put, entry)
+            try:
+                self.keepers.bind(entry, caller)
+                await blocking(self.book.put, entry)
+            except BaseException:
+                await self._let_go(entry)
+                raise
         return await self._registered(entry)
 
     def _find(self, caller: Caller, name: str, owner: str, handle: str = "") -> Entry:
@@ -252,8 +259,10 @@ class Holdings:
             await blocking(self.book.deposit, sharer)
         self.registry.remove(entry)
         self.broker.forget(entry.handle)
-        await blocking(self.book.remove, entry, over=session, heirs=sharers)
-        await blocking(entry.close, self.machine)
+        try:
+            await blocking(self.book.remove, entry, over=session, heirs=sharers)
+        finally:
+            await blocking(entry.close, self.machine)
         if session:
             await blocking(self.machine.custody.release, session)
 

@@ -10,7 +10,7 @@ import pytest
 
 from khod.core.callers import Lifetime
 from khod.core.state import State
-from khod.errors import Refused
+from khod.errors import MachineError, Refused
 from khod.simulated import ProcessDied
 from tests.orchestration.world import ME, MIB, Recorder, World
 
@@ -72,6 +72,29 @@ def test_a_registration_that_nobody_was_told_of_leaves_nothing(world: World, aft
         assert world.host.machine.custody.kept() == ["book"]
         await world.register("vm-1", fd)
 
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("grade", ["registered", "opaque"])
+def test_a_registration_that_fails_at_the_book_leaves_nothing(world: World, grade: str) -> None:
+    async def register() -> None:
+        if grade == "opaque":
+            await world.host.register_opaque(ME, "vm-1", Lifetime.PERSISTENT)
+        else:
+            await world.register("vm-1", fd)
+
+    async def scenario() -> None:
+        await world.khod()
+        before = len(world.kernel.task(world.process.pid).fds)
+        world.kernel.faults.fail("write", errno.ENOMEM, pid=world.process.pid)
+        with pytest.raises(MachineError):
+            await register()
+        assert not len(world.host.registry)
+        assert world.host.machine.custody.kept() == ["book"]
+        assert len(world.kernel.task(world.process.pid).fds) == before
+        await register()
+
+    fd = world.memory()
     asyncio.run(scenario())
 
 
