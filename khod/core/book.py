@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from khod.core import lines
@@ -24,6 +24,7 @@ from khod.errors import FormatError, KhodError
 BOOK = "book"
 _DEPOSIT = "d"
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+_OUTGOING = (InstanceState.PRESERVED, InstanceState.FROZEN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +148,7 @@ class Book:
     def put(self, entry: Entry) -> None:
         """Note how an entry stands now."""
         with self._lock:
-            page = page_of(entry)
+            page = self._page(entry)
             self._append(_line(page))
             self.contents.pages[page.key] = page
 
@@ -155,7 +156,7 @@ class Book:
         """Forget an entry, and let go of its deposits; `over`: so is this incoming session. `heirs` shared its files: how they
         stand now is noted by the same write, for a share of what is gone is none."""
         with self._lock:
-            pages = [page_of(heir) for heir in heirs]
+            pages = [self._page(heir) for heir in heirs]
             gone = lines.encode({"gone": _key(entry.key), "over": [over] if over else []})
             self._append(b"".join([*map(_line, pages), gone]))
             self.contents.pages.update((page.key, page) for page in pages)
@@ -168,7 +169,7 @@ class Book:
     def end_session(self, entry: Entry, session: str) -> None:
         """Note how an entry stands now that its incoming session is over: its deposits are all that keeps it."""
         with self._lock:
-            page = page_of(entry)
+            page = self._page(entry)
             self._append(_line(page, over=[session]))
             self.contents.pages[page.key] = page
             self.contents.over.add(session)
@@ -185,6 +186,11 @@ class Book:
         with self._lock:
             self._append(lines.encode({"accepted": update}))
             self.contents.accepted = update
+
+    def _page(self, entry: Entry) -> Page:
+        """In an update, how it stood before that: to this a khod that starts anew goes back."""
+        page, before = page_of(entry), self.contents.pages.get(entry.key)
+        return replace(page, state=before.state) if before and entry.state in _OUTGOING else page
 
     def _append(self, data: bytes) -> None:
         self._machine.files.write(self._fd, self._end, data)
@@ -221,14 +227,12 @@ def read(data: bytes) -> Contents:
 
 def page_of(entry: Entry) -> Page:
     """An entry, as the book has it."""
-    outgoing = entry.state in _OUTGOING
-    state = InstanceState.REGISTERED if outgoing else entry.state
     return Page(
         name=entry.name,
         owner=entry.owner,
         driver=entry.driver_name,
         grade=entry.grade,
-        state=state,
+        state=entry.state,
         required=entry.required,
         requires=entry.requires,
         options=dict(entry.options),
@@ -246,9 +250,6 @@ def page_of(entry: Entry) -> Page:
         problem=entry.problem,
         keepsake={name: value.hex() for name, value in entry.keepsake.items()},
     )
-
-
-_OUTGOING = (InstanceState.PRESERVED, InstanceState.FROZEN)
 
 
 def _line(page: Page, **more: Any) -> bytes:

@@ -99,7 +99,9 @@ class Startup:
             try:
                 async with asyncio.timeout(self.settings.freezing):
                     await entry.driver.thaw(entry.view(self.machine))
-                entry.keepsake = {}
+                if entry.keepsake:
+                    entry.keepsake = {}
+                    await blocking(self.book.put, entry)
             except (KhodError, TimeoutError) as error:
                 self.problems.append(f"{entry.label}: its driver could not thaw it: {str(error) or 'no end in time'}")
 

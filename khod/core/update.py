@@ -295,7 +295,9 @@ class Update:
                 async with asyncio.timeout(self.settings.freezing):
                     await entry.driver.thaw(entry.view(self.machine))
                 self.to_thaw.discard(entry)
-                entry.keepsake = {}
+                if entry.keepsake:
+                    entry.keepsake = {}
+                    await blocking(self.book.put, entry)  # or the next update's thaw would be told of this one
             except TimeoutError:
                 self.problem(f"instance {entry.label}: its driver did not thaw it within {self.settings.freezing:g} s")
             except KhodError as error:

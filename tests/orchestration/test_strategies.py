@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from khod.core.driver import Continuity, Strategy
 from khod.core.state import State
-from khod.errors import Refused
+from khod.errors import Refused, UpdateFailed
 from khod.plugin import Declaration, Instance, Request, StateBound, hookimpl
 from khod.simulated import ProcessDied
 from tests.orchestration.world import ME, MIB, QUICK, World
@@ -28,6 +29,7 @@ class Carrier:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.made: int = 0
+        self.keepsake = {"command": b"\x07"}
 
     @hookimpl
     def khod_compatible(self) -> str:
@@ -48,7 +50,7 @@ class Carrier:
     @hookimpl
     def khod_prepare(self, instance: Instance) -> Mapping[str, bytes]:
         self.log.append("prepare")
-        return {"command": b"\x07"}
+        return self.keepsake
 
     @hookimpl
     def khod_freeze(self, instance: Instance) -> Mapping[str, bytes]:
@@ -117,6 +119,45 @@ def test_what_thaw_has_to_know_outlives_the_khod_that_froze(world: World) -> Non
         host = await world.khod()
         assert not host.problems
         assert carrier.log == ["prepare", "freeze", "thaw {'command': b'\\x07'}"]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_thaw_has_to_know_is_of_its_own_update(world: World, killed: bool) -> None:
+    async def scenario() -> None:
+        carrier = Carrier()
+        await carried(world, carrier)
+        if killed:
+            world.kernel.faults.die("execute")
+            with pytest.raises(ProcessDied):
+                await world.update()
+            await world.khod()
+        else:
+            world.kernel.faults.fail("execute", errno.EBUSY)
+            with pytest.raises(UpdateFailed):
+                await world.update()
+        carrier.keepsake = {}
+        world.kernel.faults.die("execute")
+        with pytest.raises(ProcessDied):
+            await world.update()
+        await world.khod()
+        assert carrier.log[2::3] == ["thaw {'command': b'\\x07'}", "thaw {}"]
+
+    asyncio.run(scenario())
+
+
+def test_what_is_claimed_is_so_to_a_khod_that_is_restarted_after_an_undone_update(world: World) -> None:
+    async def scenario() -> None:
+        await carried(world, Carrier())
+        await world.jump()
+        await world.host.claim(ME, "vm-1")
+        world.kernel.faults.fail("execute", errno.EBUSY)
+        with pytest.raises(UpdateFailed):
+            await world.update()
+        world.kill(world.process)
+        await world.khod()
+        assert world.entry("vm-1").state == "claimed"
 
     asyncio.run(scenario())
 
