@@ -350,6 +350,9 @@ async def _bounded(
             return DeadlinePassed(f"no end within {limit:g} s")
         except KhodError as error:
             return error
+        except Exception as error:  # a bug of ours: were it raised, everything would be undone beneath the others' work
+            logger.exception("instance %s", entry.label)
+            return UpdateFailed(f"khod failed at it: {error!r}")
     update.instance_done(entry, started)
     return None
 

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from khod.core.state import HOLDABLE, State
-from khod.errors import MachineError, Refused
-from khod.simulated import ProcessDied
+from khod.errors import MachineError, Refused, UpdateFailed
+from khod.simulated import ProcessDied, ports
 from tests.orchestration.world import ME, Recorder, World
 
 SIZE = 64 << 10
@@ -115,5 +117,36 @@ def test_what_is_not_verified_is_handed_out_on_record_only(world: World, disk: s
             await host.claim(ME, "odd", unverified=True)
         world.kernel.faults.clear()
         assert (await host.claim(ME, "odd", unverified=True)).answer == "fds"
+
+    asyncio.run(scenario())
+
+
+def test_a_defect_in_one_preserve_is_undone_when_the_others_have_ended(world: World) -> None:
+    """A session that is closed beneath a call may be another file a moment later."""
+    at_work, proceed = threading.Event(), threading.Event()
+    preserved: list[str] = []
+
+    class Defective(ports.LiveUpdate):
+        def preserve_fd(self, session: int, fd: int, token: int) -> None:
+            if at_work.is_set():
+                raise ZeroDivisionError("a bug")
+            at_work.set()
+            proceed.wait(20)
+            super().preserve_fd(session, fd, token)
+            preserved.append(self.session_name(session))
+
+    async def scenario() -> None:
+        world.fit = lambda machine: replace(machine, liveupdate=Defective(world.process))
+        await world.khod()
+        await world.register("vm-1", world.memory(SIZE))
+        await world.register("vm-2", world.memory(SIZE))
+        update = asyncio.create_task(world.update())
+        await asyncio.wait([update], timeout=0.5)  # many times what it takes to undo this
+        proceed.set()
+        with pytest.raises(UpdateFailed, match=r"khod failed at it: .*a bug"):
+            await update
+        assert preserved
+        assert not world.kernel.luo.outgoing
+        assert world.host.state is State.ABORTED
 
     asyncio.run(scenario())
