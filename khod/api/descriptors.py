@@ -51,9 +51,10 @@ async def export(files: Bridge, given: Sequence[int]) -> list[FileDescriptor]:
     """Descriptors that can be sent, for machine descriptors, which are consumed."""
 
     def one(fd: int) -> int:
-        real = files.export(fd)
-        files.close(fd)
-        return real
+        try:
+            return files.export(fd)
+        finally:
+            files.close(fd)
 
     pairs = await asyncio.to_thread(_move, [("", fd) for fd in given], one, files.close, os.close)
     return [FileDescriptor(real, should_close=True) for _, real in pairs]

@@ -21,7 +21,7 @@ from khod.api import server as server_module
 from khod.api.client import Client, connect
 from khod.api.connection import MAX_VALUES
 from khod.config import Limits
-from khod.errors import InvalidRequest, Lost, TooManyPreserved
+from khod.errors import BadDescriptor, InvalidRequest, Lost, TooManyPreserved
 from tests.integration.api.fake_service import FakeFiles
 from tests.integration.api.served import Served
 
@@ -211,6 +211,22 @@ def test_descriptors_that_cannot_be_taken_are_closed() -> None:
     received = [(str(number), FileDescriptor(os.memfd_create("x"), should_close=True)) for number in range(4)]
     with pytest.raises(TooManyPreserved):
         asyncio.run(descriptors.adopt(files, received))
+    assert khods_fds() == before
+    assert files.table == {}
+
+
+def test_descriptors_that_cannot_be_sent_are_closed() -> None:
+    class Full(FakeFiles):
+        def export(self, fd: int) -> int:
+            if len(self.table) == 2:
+                raise BadDescriptor("the table is full")
+            return super().export(fd)
+
+    files = Full()
+    before = khods_fds()
+    given = [files.adopt(os.memfd_create("x")) for _ in range(4)]
+    with pytest.raises(BadDescriptor):
+        asyncio.run(descriptors.export(files, given))
     assert khods_fds() == before
     assert files.table == {}
 
