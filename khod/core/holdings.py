@@ -51,6 +51,10 @@ class Where(Protocol):
         """Whether an update is under way, which has been told that the entry's keeper is gone."""
         ...
 
+    def let_go_of(self, entry: Entry) -> None:
+        """Told of each that is forgotten."""
+        ...
+
 
 class Holdings:
     """Everything that is registered or came through. `lock` is held whenever something is added or taken out."""
@@ -259,6 +263,7 @@ class Holdings:
             await blocking(self.book.deposit, sharer)
         self.registry.remove(entry)
         self.broker.forget(entry.handle)
+        self._where.let_go_of(entry)
         try:
             await blocking(self.book.remove, entry, over=session, heirs=sharers)
         finally:

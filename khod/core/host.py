@@ -122,6 +122,11 @@ class Host:
         self.last_update.instance_ended(entry)
         return True
 
+    def let_go_of(self, entry: Entry) -> None:
+        """See `khod.core.holdings.Where`: what could not be thawed needs it no more."""
+        if self.last_update is not None:
+            self.last_update.to_thaw.discard(entry)
+
     # Service: looking
 
     async def status(self) -> views.StatusView:
@@ -361,7 +366,10 @@ class Host:
 
     async def abort(self) -> str:
         """See Service."""
-        if self.last_update is None or not (self.last_update.state.outgoing or self.last_update.state is State.FAILED):
+        if self.last_update is not None and self.last_update.state is State.FAILED:
+            async with self._lock:  # nothing of what is still to be undone is let go of meanwhile
+                return await self.last_update.abort()
+        if self.last_update is None or not self.last_update.state.outgoing:
             raise Refused("no update is under way")
         return await self.last_update.abort()
 

@@ -415,6 +415,20 @@ def test_an_undo_that_failed_can_be_tried_again(world: World) -> None:
     asyncio.run(scenario())
 
 
+def test_an_undo_that_failed_ends_when_its_instance_is_gone(world: World) -> None:
+    async def scenario() -> None:
+        world.plugins = [recorder := Recorder()]
+        host = await world.khod()
+        await world.register("vm-1", world.memory(), "recorder")
+        recorder.fails = {"freeze vm-1": "will not freeze", "thaw vm-1": "will not thaw"}
+        with pytest.raises(UpdateFailed):
+            await world.update()
+        await host.unregister(ME, "vm-1")
+        assert await host.abort() == State.ABORTED
+
+    asyncio.run(scenario())
+
+
 def test_after_an_abort_nothing_is_shown_as_preserved(world: World) -> None:
     async def scenario() -> None:
         host = await world.khod()
