@@ -161,7 +161,7 @@ def main() -> None:
         machine.run(True)
         ran = time.monotonic()
         for name in (MEMORY, *((MAPPINGS, DEVICE) if given.device else ())) if came else ():
-            khod.finished(name)
+            khod.finished(name, since=ran)
         print(json.dumps({"started": "warm" if came else "cold", "ran": ran, **before}), flush=True)
         orders = {"status": machine.status, "dma": machine.dma, "stray": machine.stray}
         for line in sys.stdin:

@@ -162,10 +162,13 @@ class Client:
         self._send("Subscribe", {"handles": list(handles)}, more=True)
         return self._events(LifecycleView)
 
-    def ready(self, update: str, phase: str, handles: Sequence[str] = (), *, quiet_for: float = 0.0) -> None:
+    def ready(
+        self, update: str, phase: str, handles: Sequence[str] = (), *, quiet_for: float = 0.0, stood: float = 0.0
+    ) -> None:
         """The answer to 'preparing', 'quiesce' or 'commit'."""
         answered = {"update": update, "phase": phase, "handles": list(handles)}
-        self._ask("Ready", answered | ({"quiet_for": quiet_for} if quiet_for else {}))
+        said = {"quiet_for": quiet_for, "stood": stood}
+        self._ask("Ready", answered | {name: value for name, value in said.items() if value})
 
     def failed(self, update: str, phase: str, handles: Sequence[str] = (), reason: str = "") -> None:
         """The other answer."""
@@ -214,9 +217,9 @@ class Client:
             handle=claim.handle,
         )
 
-    def finished(self, handle: str) -> None:
-        """The claimant has taken over."""
-        self._ask("Finished", {"handle": handle})
+    def finished(self, handle: str, *, ran: float = 0.0) -> None:
+        """The claimant has taken over, and its workload runs since `ran` seconds ago."""
+        self._ask("Finished", {"handle": handle} | ({"ran": ran} if ran else {}))
 
     def discard(self, name: str, *, owner: str = "") -> None:
         """Let go, for good, of something that came through a jump."""

@@ -220,9 +220,10 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
         return ClaimAnswer(view.answer, view.reason, sent, list(view.states), view.handle)
 
     @varlinkmethod
-    async def Finished(self, handle: str) -> None:
-        """The claimant has taken over: nothing of the jump is needed for this instance any more."""
-        await self._service.finished(self._caller, handle)
+    async def Finished(self, handle: str, ran: float = 0.0) -> None:
+        """The claimant has taken over: nothing of the jump is needed for this instance any more. Its workload runs, since `ran`
+        seconds ago: that ends its blackout in the update's ledger."""
+        await self._service.finished(self._caller, handle, ran=ran)
 
     @varlinkmethod
     async def Discard(self, name: str, owner: str = "") -> None:
@@ -249,15 +250,18 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
         yield AnnotatedResult({"event": None})
 
     @varlinkmethod
-    async def Ready(self, update: str, phase: str, handles: list[str] | None = None, quiet_for: float = 0.0) -> None:
+    async def Ready(
+        self, update: str, phase: str, handles: list[str] | None = None, quiet_for: float = 0.0, stood: float = 0.0
+    ) -> None:
         """The answer to 'preparing', 'quiesce' or 'commit', for these instances; without any, for all that the caller's own
         subscription was asked about.
 
         To 'quiesce' it is a lease: it holds while this connection is open, or for `quiet_for` seconds from the question
         on, whatever becomes of the connection. 'commit' is answered on the same lease; one by time that lasts until
-        commit's deadline needs no answer.
+        commit's deadline needs no answer. `stood` is for how many seconds the workload stands still by then: from there on the
+        update's ledger counts its blackout.
         """
-        await self._service.ready(self._caller, update, phase, handles or (), quiet_for=quiet_for)
+        await self._service.ready(self._caller, update, phase, handles or (), quiet_for=quiet_for, stood=stood)
 
     @varlinkmethod
     async def Failed(self, update: str, phase: str, handles: list[str] | None = None, reason: str = "") -> None:

@@ -105,9 +105,9 @@ class Participant:
         """Answer for everything that was registered and claimed."""
         await _threaded(_nothing, self._inner.start)
 
-    async def finished(self, name: str) -> None:
+    async def finished(self, name: str, *, since: float = 0.0) -> None:
         """Say of what was claimed that it lives."""
-        await _threaded(_nothing, self._inner.finished, name)
+        await _threaded(_nothing, self._inner.finished, name, since=since)
 
     async def unregister(self, name: str) -> None:
         """Let khod forget it."""

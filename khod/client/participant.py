@@ -146,10 +146,11 @@ class Participant:
         self._thread = threading.Thread(target=self._run, args=(views,), name="khod-participant", daemon=True)
         self._thread.start()
 
-    def finished(self, name: str) -> None:
-        """Say of what was claimed that it lives: nothing of the jump is needed for it any more."""
+    def finished(self, name: str, *, since: float = 0.0) -> None:
+        """Say of what was claimed that it lives: nothing of the jump is needed for it any more. `since`, by time.monotonic(),
+        is when it began to run, 0 for now: khod's ledger has its blackout until then."""
         handle = self._own(name).handle
-        self._call(lambda line: line.finished(handle))
+        self._call(lambda line: line.finished(handle, ran=time.monotonic() - since if since else 0.0))
 
     def unregister(self, name: str) -> None:
         """Let khod forget it. Refused during an update."""
@@ -352,6 +353,7 @@ class Participant:
             except KhodError as error:
                 self._answer(view, str(error))
                 return
+            told = time.monotonic()
             try:
                 ask[view.phase](notice)
             except Exception as error:
@@ -362,16 +364,16 @@ class Participant:
         if view.phase == "commit" and not reason:
             self._stage, self._due = Stage.COMMITTED, until
             self._listen(max(0.001, until - time.monotonic()))
-        self._answer(view, reason)
+        self._answer(view, reason, time.monotonic() - told if view.phase == "quiesce" else 0.0)
 
-    def _answer(self, view: LifecycleView, reason: str) -> None:
-        """READY, or FAILED for a reason."""
+    def _answer(self, view: LifecycleView, reason: str, stood: float = 0.0) -> None:
+        """READY, or FAILED for a reason. A workload stands still from when it was told to, `stood` seconds ago."""
         handles = view.handles or self._handles()
         try:
             if reason:
                 self._call(lambda line: line.failed(view.update, view.phase, handles, reason))
             else:
-                self._call(lambda line: line.ready(view.update, view.phase, handles))
+                self._call(lambda line: line.ready(view.update, view.phase, handles, stood=stood))
         except Refused as error:
             logger.warning("khod does not take the answer to %s: %s", view.phase, error)
 

@@ -24,6 +24,8 @@ from khod.errors import DeadlinePassed, InvalidRequest, KhodError, Lost, Refused
 
 QUIET_AT_MOST = 3600.0
 """Seconds for which a client may promise to stand still."""
+PASSED_AT_MOST = 1e6
+"""Seconds that a client may say have passed since something."""
 REASON_AT_MOST = 300
 """Characters of a client's reason that are passed on."""
 _GONE = "its connection is gone"
@@ -122,13 +124,23 @@ class Broker:
             subscription.tell(_view(Phase.RESTORED, update, restored))
         return subscription
 
-    def ready(self, caller: Caller, update: str, phase: str, handles: Sequence[str] = (), *, quiet_for: float = 0.0) -> None:
+    def ready(
+        self,
+        caller: Caller,
+        update: str,
+        phase: str,
+        handles: Sequence[str] = (),
+        *,
+        quiet_for: float = 0.0,
+        stood: float = 0.0,
+    ) -> None:
         """READY for these instances; () for all that the caller's own subscription is asked about.
 
         To 'quiesce' it is a lease: it holds while the caller's connection is open, or instead for `quiet_for` seconds of the
         machine's clock, whatever becomes of the connection. They count from the question, so that nothing on the way makes
         them more than the client meant. 'commit' is answered on the connection of the lease; a lease by
-        time that lasts until commit's deadline is its own answer, and needs none.
+        time that lasts until commit's deadline is its own answer, and needs none. `stood`: for how many seconds the workload
+        stands still already, of those since the question.
 
         Raises InvalidRequest for a phase that wants no answer, an unknown handle or a time that is none; Refused for an answer
         to what was not asked, was answered, or was asked of another lease. Then it has no effect at all.
@@ -137,6 +149,7 @@ class Broker:
             raise InvalidRequest(f"cannot stay quiet for {quiet_for:g} s", hint=f"0 to {QUIET_AT_MOST:g}")
         if quiet_for and phase != Phase.QUIESCE:
             raise InvalidRequest(f"{_short(phase)} is no lease: it takes no time to stay quiet", hint="give it to 'quiesce'")
+        check_seconds("stood", stood)
         question, meant = self._meant(caller, update, phase, handles)
         if question.phase is Phase.COMMIT:
             for handle in meant:
@@ -148,7 +161,8 @@ class Broker:
                     )
         elif question.phase is Phase.QUIESCE:
             until = question.asked_at + math.ceil(quiet_for * 1e9) if quiet_for else 0
-            lease = Lease(caller.connection, until)
+            since = max(question.asked_at, self._now() - int(stood * 1e9))
+            lease = Lease(caller.connection, until, since)
             self._leases.update(dict.fromkeys(meant, lease))
         for handle in meant:
             question.settle(handle)
@@ -186,6 +200,11 @@ class Broker:
         return self._living(handle) is not None
 
     # For the update
+
+    def standing(self, entries: Iterable[Entry]) -> dict[str, int]:
+        """Since when the workload of each of these stands still that a client answers for, by label: the machine's monotonic
+        clock, in ns."""
+        return {e.label: self._leases[e.handle].since for e in entries if e.handle in self._leases}
 
     def without_client(self, entries: Iterable[Entry]) -> list[Entry]:
         """Those that a client has to answer for, and nobody is there who does."""
@@ -376,6 +395,12 @@ class Broker:
             if (subscription := of.get(handle)) is not None:
                 found.setdefault(subscription, []).append(handle)
         return found
+
+
+def check_seconds(name: str, value: float) -> None:
+    """Whether a client's figure can be seconds that have passed. Raises InvalidRequest."""
+    if not 0 <= value <= PASSED_AT_MOST:  # nan is not
+        raise InvalidRequest(f"{name}: {value:g} s", hint=f"seconds that have passed: 0 to {PASSED_AT_MOST:g}")
 
 
 def _keys(caller: Caller) -> list[object]:

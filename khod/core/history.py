@@ -26,7 +26,8 @@ def update_view(ident: str, records: Sequence[Record]) -> UpdateView:
     last = states[-1] if states else records[-1]
     data: dict[str, Any] = {}
     for record in records:
-        data.update({key: value for key, value in record.data.items() if value})
+        data.update({key: value for key, value in record.data.items() if value and (key != "spans" or record.state)})
+    gaps = [span for r in records if r.event == "runs" for span in spans_of(r)]
     problems = [text for r in records for text in _strings(r.data.get("problems"))]
     releases = [r.data["release"] for r in records if isinstance(r.data.get("release"), str)]
     left = data.get("left_behind")
@@ -37,7 +38,7 @@ def update_view(ident: str, records: Sequence[Record]) -> UpdateView:
         reason=_text(last.data.get("reason")),
         from_release=releases[0] if releases else "",
         to_release=releases[-1] if len(releases) > 1 else "",
-        spans=ledger.from_record(data.get("spans")),
+        spans=[*ledger.from_record(data.get("spans")), *gaps],
         instances=_strings(data.get("instances")) or _names(data.get("sessions")),
         left_behind=[f"{name}: {reason}" for name, reason in left.items()] if isinstance(left, Mapping) else (),
         checked=_text(data.get("checked")),

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from khod import __version__
 from khod.core import views
-from khod.core.alerts import alert_start
+from khod.core.alerts import Alert, alert, alert_start
 from khod.core.blocking import blocking
+from khod.core.broker import check_seconds
 from khod.core.callers import Caller, Lifetime
 from khod.core.driver import Drivers
 from khod.core.events import Broadcast
@@ -23,7 +24,8 @@ from khod.core.incoming import Incoming
 from khod.core.inspection import inspect_incoming, inspect_nothing, inspect_outgoing
 from khod.core.journal import Journal
 from khod.core.keepers import Watch
-from khod.core.ports import Image, Machine
+from khod.core.ledger import Ledger
+from khod.core.ports import Image, Machine, Stamp
 from khod.core.preflight.preflight import Preflight
 from khod.core.question import Phase
 from khod.core.registry import Entry, Grade, InstanceState
@@ -228,17 +230,32 @@ class Host:
         """See Service."""
         return await self.holdings.claim(caller, name, owner=owner, lifetime=lifetime, unverified=unverified)
 
-    async def finished(self, caller: Caller, handle: str) -> None:
+    async def finished(self, caller: Caller, handle: str, *, ran: float = 0.0) -> None:
         """See Service."""
+        heard = self.machine.clock.stamp()
+        check_seconds("ran", ran)
         await self.verified()
         async with self._lock:
             entry = self.registry.by_handle(caller, handle)
             if entry.state is not InstanceState.CLAIMED:
                 raise Refused(f"{entry.label} is {entry.state}", hint="it is claimed first, and finished then")
+            self._note_gap(entry, heard, ran)
             await self._finisher.one(entry)
             restored = self.incoming is not None and self.state is State.RESTORED
             if restored and not any(e.incoming for e in self.registry):
                 await self._finish()
+
+    def _note_gap(self, entry: Entry, heard: Stamp, ran: float) -> None:
+        """Journal for how long its workload did not run. A disk that does not take it costs the figure."""
+        gap = self._startup.gaps.take(entry.label, heard, ran) if self._startup else None
+        if gap is None:
+            return
+        ledger = Ledger()
+        ledger.add("blackout", gap[0], instance=entry.label, uncertainty=gap[1])
+        try:
+            self.journal.note(self._ident, "runs", spans=ledger.record())
+        except KhodError as error:
+            alert(logger, Alert.NO_JOURNAL, "the blackout of %s is not in the journal: %s", entry.label, error)
 
     # Service: the life cycle, for clients
 
@@ -256,10 +273,17 @@ class Host:
         return subscription
 
     async def ready(
-        self, caller: Caller, update: str, phase: str, handles: Sequence[str] = (), *, quiet_for: float = 0.0
+        self,
+        caller: Caller,
+        update: str,
+        phase: str,
+        handles: Sequence[str] = (),
+        *,
+        quiet_for: float = 0.0,
+        stood: float = 0.0,
     ) -> None:
         """See Service."""
-        self.broker.ready(caller, update, phase, handles, quiet_for=quiet_for)
+        self.broker.ready(caller, update, phase, handles, quiet_for=quiet_for, stood=stood)
 
     async def failed(self, caller: Caller, update: str, phase: str, handles: Sequence[str], reason: str) -> None:
         """See Service."""

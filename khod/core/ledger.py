@@ -54,6 +54,26 @@ def across(before: Stamp, after: Stamp) -> tuple[float, float]:
 
 
 @dataclass(slots=True)
+class Gaps:
+    """For how long the workload of each instance that a client answers for did not run: from when it stood still in the old
+    kernel, as its client said, until it ran in this one."""
+
+    before: Stamp | None = None
+    """The old kernel's last; None where it is not known, or there was no jump."""
+    still: dict[str, int] = field(default_factory=dict)
+    """Since when, by label: the old kernel's monotonic clock, in ns. Those that were told are taken out."""
+
+    def take(self, label: str, now: Stamp, ran: float) -> tuple[float, float] | None:
+        """Of one instance, which runs since `ran` seconds before `now`: seconds, and plus or minus how much. None for one of
+        which nothing is known, or that has been told."""
+        since = self.still.pop(label, None)
+        if since is None or self.before is None:
+            return None
+        between, uncertainty = across(self.before, now)
+        return (self.before.monotonic - since) / 1e9 + between - ran, uncertainty
+
+
+@dataclass(slots=True)
 class Ledger:
     """The rows of one update, as they come in."""
 

@@ -42,6 +42,8 @@ class Lease:
     """The one that gave it."""
     until: int
     """The machine's monotonic clock, in ns, up to which it holds whatever becomes of the connection; 0: while that is open."""
+    since: int = 0
+    """By the same clock: from when on the workload stands still, as its client says."""
 
     def lapsed(self, now: int) -> str:
         """Why it does not hold at `now`; '' when it does."""

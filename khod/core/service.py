@@ -123,8 +123,9 @@ class Service(Protocol):
         Raises NotPermitted for `unverified` without the right to administer, Lost when the caller's connection has ended."""
         ...
 
-    async def finished(self, caller: Caller, handle: str) -> None:
-        """The claimant has taken over: nothing of the jump is needed for this instance any more."""
+    async def finished(self, caller: Caller, handle: str, *, ran: float = 0.0) -> None:
+        """The claimant has taken over: nothing of the jump is needed for this instance any more. Its workload runs, since `ran`
+        seconds ago: that ends its blackout in the update's ledger."""
         ...
 
     async def discard(self, caller: Caller, name: str, *, owner: str = "") -> None:
@@ -141,12 +142,20 @@ class Service(Protocol):
         ...
 
     async def ready(
-        self, caller: Caller, update: str, phase: str, handles: Sequence[str] = (), *, quiet_for: float = 0.0
+        self,
+        caller: Caller,
+        update: str,
+        phase: str,
+        handles: Sequence[str] = (),
+        *,
+        quiet_for: float = 0.0,
+        stood: float = 0.0,
     ) -> None:
         """The answer to 'preparing', 'quiesce' or 'commit', for these instances; () for all of the caller's subscription.
 
         To 'quiesce' it is a lease: it holds while the caller's connection is open, or for `quiet_for` seconds; 'commit'
-        is answered on the same lease. Raises Refused for an answer to what was not asked, or was answered.
+        is answered on the same lease. `stood`: seconds for which the workload stands still by then, for the update's ledger.
+        Raises Refused for an answer to what was not asked, or was answered.
         """
         ...
 

@@ -17,7 +17,7 @@ from khod.core.history import spans_of
 from khod.core.incoming import Incoming, from_journal, open_incoming, read_map, read_tree
 from khod.core.instances import new_handle, revive, take_up
 from khod.core.journal import Journal, Record
-from khod.core.ledger import Ledger
+from khod.core.ledger import Gaps, Ledger
 from khod.core.ports import Boot, Machine
 from khod.core.registry import Entry, Key
 from khod.core.restore import Restorer, Verification
@@ -44,6 +44,7 @@ class Startup:
         self.entries: list[Entry] = []
         self.problems: list[str] = []
         self.ledger = Ledger()
+        self.gaps = Gaps()
         self._verification: Verification | None = None
         self.progress: Callable[[str], None] = lambda text: None
         """Told in a sentence whenever something is done; what comes next takes no longer than `Settings.restoring`."""
@@ -187,6 +188,7 @@ class Startup:
         self.problems += restorer.verification.problems
         for entry in restored:
             await self._take_up(entry)
+        self.gaps = self._gaps(incoming)
         if again:
             return self._restored_again(restorer.verification)
         await blocking(self.book.note_accepted, self.update)
@@ -242,6 +244,12 @@ class Startup:
         """The journal's record of the jump that brought us here."""
         records = [r for r in self.journal.records if r.state is State.EXECUTING and r.boot != self.boot.boot_id]
         return records[-1] if records else None
+
+    def _gaps(self, incoming: Incoming) -> Gaps:
+        """What the old kernel noted of workloads that stand still; a journal that was lost costs the figures."""
+        executing = self._executing()
+        still = executing.data.get("still") if executing is not None and executing.update == self.update else None
+        return Gaps(incoming.stamp, {k: v for k, v in still.items() if isinstance(v, int)} if isinstance(still, dict) else {})
 
     def _reckon(self, incoming: Incoming) -> None:
         """The ledger's rows of this side, and those that span the jump."""

@@ -241,6 +241,7 @@ class Update:
             release=self.boot.release,
             spans=self.ledger.record(),
             frozen_at=self._frozen_at.monotonic,
+            still=self.broker.standing(self.entries),
             left_behind=self._left_behind_record(),
         )
         self.say("state", State.EXECUTING)

@@ -207,7 +207,8 @@ class SpanView:
 
     phase: str
     """A state's name; 'between' is from the last word of the old kernel to the first of the new khod; 'blackout' from
-    the first instance stopped to restored."""
+    the first instance stopped to restored, of an instance from when its workload stood still until it ran, as its clients
+    said."""
     instance: str
     seconds: float
     uncertainty: float

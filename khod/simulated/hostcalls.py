@@ -28,7 +28,8 @@ class HostCalls:
         self._pages = pages
         self._ram = tuple(ram)
         self._scratch = tuple(scratch)
-        self._reset = reset
+        self.reset = reset
+        """When the TSC was at 0, by the host's CLOCK_MONOTONIC."""
         self._booted = time.monotonic_ns()
         # The clock chip tells whole seconds, which is all that a kernel knows of the time when it boots.
         self._realtime = time.time_ns() // 1_000_000_000 * 1_000_000_000
@@ -94,12 +95,12 @@ class HostCalls:
     def stamp(self, task: Task) -> tuple[int, int, int, int]:
         """CLOCK_REALTIME, CLOCK_MONOTONIC, TSC, and its rate in kHz. Only the TSC runs on through a kexec."""
         now = time.monotonic_ns()
-        return self._realtime + now - self._booted, now - self._booted, now - self._reset, TSC_KHZ
+        return self._realtime + now - self._booted, now - self._booted, now - self.reset, TSC_KHZ
 
     def elapse(self, seconds: float) -> None:
         """Let that much time pass at once, by every clock."""
         self._booted -= round(seconds * 1e9)
-        self._reset -= round(seconds * 1e9)
+        self.reset -= round(seconds * 1e9)
 
     def boot(self, task: Task) -> tuple[str, str, bool, int, str]:
         """The fields of `khod.core.ports.Boot`."""

@@ -328,7 +328,8 @@ class Kernel:
             kernel = self.params.kernel
             sessions = self.luo.serialise()
             record = write_root(self.pages, Root(kernel.kho, kernel.luo, kernel.release, self._count + 1, sessions))
-        replace(self.params, kernel=image.kernel, cmdline=image.cmdline, record=record).write(self.directory)
+        following = replace(self.params, kernel=image.kernel, cmdline=image.cmdline, record=record, reset=self.host.reset)
+        following.write(self.directory)
         self.devices.jump()
         self.jumped = True
         self.pages.ram.close()

@@ -212,9 +212,10 @@ class FakeService:
             raise Refused(f"{held.view.name} came through a jump and is not claimed", hint="khoctl discard")
         self._drop(held)
 
-    async def finished(self, caller: Caller, handle: str) -> None:
+    async def finished(self, caller: Caller, handle: str, *, ran: float = 0.0) -> None:
         held = self._find(caller, "", handle=handle)
         held.view = replace(held.view, state="registered")
+        self.answers.append(("finished", held.view.name, str(ran)))
 
     async def discard(self, caller: Caller, name: str, *, owner: str = "") -> None:
         self._drop(self._find(caller, name, owner))
@@ -238,10 +239,17 @@ class FakeService:
                 held.told = None
 
     async def ready(
-        self, caller: Caller, update: str, phase: str, handles: Sequence[str] = (), *, quiet_for: float = 0.0
+        self,
+        caller: Caller,
+        update: str,
+        phase: str,
+        handles: Sequence[str] = (),
+        *,
+        quiet_for: float = 0.0,
+        stood: float = 0.0,
     ) -> None:
         names = [self._find(caller, "", handle=handle).view.name for handle in handles]
-        self.answers.append(("ready", update, phase, *names, str(quiet_for)))
+        self.answers.append(("ready", update, phase, *names, str(quiet_for), str(stood)))
 
     async def failed(self, caller: Caller, update: str, phase: str, handles: Sequence[str], reason: str) -> None:
         names = [self._find(caller, "", handle=handle).view.name for handle in handles]

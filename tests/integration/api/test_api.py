@@ -200,9 +200,12 @@ def test_a_client_hears_and_answers(khod: Served, client: Client) -> None:
         written = client.states(handle)
         assert list(written) == ["vcpus"]
         os.pwrite(written["vcpus"], b"\5" + bytes(7) + b"hello", 0)
-        client.ready("u1", "quiesce", [handle], quiet_for=2.5)
+        client.ready("u1", "quiesce", [handle], quiet_for=2.5, stood=0.5)
         client.failed("u1", "commit", [handle], "no")
-        assert khod.service.answers == [("ready", "u1", "quiesce", "vm1", "2.5"), ("failed", "u1", "commit", "vm1", "no")]
+        assert khod.service.answers == [
+            ("ready", "u1", "quiesce", "vm1", "2.5", "0.5"),
+            ("failed", "u1", "commit", "vm1", "no"),
+        ]
         os.close(written["vcpus"])
         claimed = client.claim("vm1")
         assert (list(claimed.names), list(claimed.states), claimed.handle) == (["ram", "vcpus"], ["vcpus"], handle)
@@ -251,7 +254,8 @@ def test_after_a_jump(khod: Served, client: Client) -> None:
     assert khod.service.of("vm1").view.lifetime == "process"
     with pytest.raises(InvalidRequest):
         client.finished(before)
-    client.finished(claimed.handle)
+    client.finished(claimed.handle, ran=1.5)
+    assert khod.service.answers[-1] == ("finished", "vm1", "1.5")
     client.discard("vm1")
     assert client.claim("vm1").answer == "cold"
 

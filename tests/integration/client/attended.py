@@ -86,7 +86,9 @@ def attending(khod: ScriptedKhod, guest: Guest, *, states: dict[str, int] | None
 
 def ready(khod: ScriptedKhod, phase: str) -> Heard:
     heard = khod.next("Ready")
+    stood = heard.parameters.pop("stood", 0.0)
     assert heard.parameters == {"update": "u1", "phase": phase, "handles": ["h1"]}
+    assert (0 < stood < 5) == (phase == "quiesce"), "from when it was told to stand still"
     return heard
 
 

@@ -83,6 +83,7 @@ def test_an_update(khod: ScriptedKhod) -> None:
                 await guest.expect(phase)
                 for method in methods:
                     last = await heard(khod, method)
+                assert (last.parameters.pop("stood", 0.0) > 0) == (phase == "quiesce")
                 assert last.parameters == {"update": "u1", "phase": phase, "handles": ["h1"]}
             assert os.pread(khod.state_files["vcpus"], 9, 8) == b"registers"
             news.tell("executing", "u1")

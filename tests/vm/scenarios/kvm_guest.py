@@ -103,22 +103,16 @@ def before(vm: Guest) -> None:
 
 def goes_on(vm: Guest) -> Khod:
     khod = Khod(vm)
-    ready = time.monotonic()
     with khod.client() as client:
         found = {view.name: [view.state, view.continuity, view.problem] for view in client.instances()}
         vm.record("instances", **found)
-        update = client.history()[0]
     vmm = Vmm(vm)
-    vm.record(
-        "came",
-        start=vmm.started["ran"] - ready,
-        then=json.loads((vm.state / "counters").read_text()),
-        now=counters(vmm.started),
-    )
+    vm.record("came", then=json.loads((vm.state / "counters").read_text()), now=counters(vmm.started))
     run(vm, vmm)
-    spans = {span.phase: [span.seconds, span.uncertainty] for span in update.spans if not span.instance}
-    vm.record("ledger", outcome=update.outcome, spans=spans, problems=list(update.problems))
     with khod.client() as client:
+        update = client.history()[0]
+        blackouts = {span.instance: [span.seconds, span.uncertainty] for span in update.spans if span.phase == "blackout"}
+        vm.record("ledger", outcome=update.outcome, blackouts=blackouts, problems=list(update.problems))
         vm.record("end", state=client.status().state)
     return khod
 
