@@ -24,8 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from bench.host import machine
+from khod.rehearsal.tsc import host_tsc_khz
 from tests.vm import runner
-from tests.vm.tsc import host_tsc_khz
 
 HERE = Path(__file__).parent
 OUT = HERE / "out"

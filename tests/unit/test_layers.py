@@ -20,7 +20,7 @@ LAYERS = [
     {"api", "inspect"},
     {"client"},
     {"supervision"},
-    {"daemon", "demo"},
+    {"daemon", "demo", "rehearsal"},
     {"cli"},
 ]
 """Lowest first. Modules of one row do not import each other."""

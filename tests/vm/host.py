@@ -29,11 +29,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.vm import image, qemu, runner
+from khod.rehearsal import qemu
+from khod.rehearsal.machine import Record
+from khod.rehearsal.qemu import Outcome
+from khod.rehearsal.tsc import host_tsc_khz
+from tests.vm import image, runner
 from tests.vm import kernel as lab_kernel
-from tests.vm.qemu import Outcome
-from tests.vm.runner import Record
-from tests.vm.tsc import host_tsc_khz
 
 HERE = Path(__file__).resolve().parent
 NEEDED = ("mmdebstrap", "qemu-img", "debugfs")
@@ -104,7 +105,7 @@ class Host:
 
     def __enter__(self) -> Host:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(qemu.one_machine())
+            stack.enter_context(runner.one_machine())
             base = image.build()
             if self.cold:
                 self._switch_on(base / "root.img", "raw")
@@ -243,7 +244,10 @@ class Host:
     def _arguments(self) -> list[str]:
         words = ("root=/dev/vda", "rw", "rootfstype=ext4", "TERM=dumb", "systemd.show_status=0", *self.cmdline)
         return [
-            *qemu.arguments(self.directory, cpu=self.cpu, cpus=2, memory=self.memory, words=words),
+            *qemu.arguments(
+                self.directory, lab_kernel.kernel_directory() / "bzImage",
+                cpu=self.cpu, cpus=2, memory=self.memory, words=words,
+            ),
             # What is lost with the guest's power is in its own cache, not in this host's.
             "-drive", f"file={self._disk},format=qcow2,if=none,id=root,cache=unsafe",
             "-device", "virtio-blk-pci,drive=root",

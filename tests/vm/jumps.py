@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from khod.rehearsal.tsc import host_tsc_khz
 from tests.vm.host import KERNEL, PROGRAMS, Host
-from tests.vm.tsc import host_tsc_khz
 
 SIZE = 256 << 20
 WAYS = ("systemd alone", "khod systemd", "khod direct")

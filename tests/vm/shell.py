@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from khod.rehearsal.qemu import PATH, listening
 from tests.vm import kernel as lab_kernel
-from tests.vm.qemu import PATH, listening
 from tests.vm.runner import HERE, ROOT, Machine, arguments, missing, prepare
 
 JOB = """\

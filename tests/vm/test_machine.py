@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from khod.rehearsal.qemu import Outcome
 from tests.vm.conftest import Play
 from tests.vm.gdbstub import FailCall
-from tests.vm.qemu import Outcome
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""QEMU as the lab uses it, whatever runs in it: its arguments, its power, the lines that the guest says, one at a time."""
+"""QEMU, whatever runs in it: its arguments, its power, the lines that the guest says, one at a time."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -17,9 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from tests.vm import kernel as lab_kernel
-from tests.vm.tsc import host_tsc_khz
-from tests.waiting import readable
+from khod.rehearsal.tsc import host_tsc_khz
 
 QEMU = "qemu-system-x86_64"
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -45,21 +43,16 @@ class Deadline:
     of: str = "boot"
 
     def left(self) -> float:
+        """Seconds, 0 when it is past."""
         return max(0.0, min(self.due, self.overall) - time.monotonic())
 
     def __str__(self) -> str:
         return self.of if self.due < self.overall else "the whole run"
 
 
-@contextlib.contextmanager
-def one_machine() -> Iterator[None]:
-    """One machine of the lab at a time on a host: a second caller waits."""
-    with open(lab_kernel.cache() / "vm.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def arguments(directory: Path, *, cpu: str, cpus: int, memory: str, words: tuple[str, ...], serial: str = "") -> list[str]:
+def arguments(
+    directory: Path, kernel: Path, *, cpu: str, cpus: int, memory: str, words: tuple[str, ...], serial: str = ""
+) -> list[str]:
     """The command that runs QEMU, without disks and file systems; `listening` must have made the socket `verdict` in the
     directory before. `serial` is where the console goes, the file serial.log by default; `words` are the kernel's."""
     common = ["console=ttyS0", "quiet", "panic=-1", "kho=on", "liveupdate=on"]
@@ -70,7 +63,7 @@ def arguments(directory: Path, *, cpu: str, cpus: int, memory: str, words: tuple
         "setpriv", "--pdeathsig", "KILL",
         QEMU, "-nodefaults", "-display", "none", "-no-reboot",
         "-machine", "q35", "-accel", "tcg", "-cpu", cpu, "-smp", str(cpus), "-m", memory,
-        "-kernel", str(lab_kernel.kernel_directory() / "bzImage"), "-append", " ".join([*common, *words]),
+        "-kernel", str(kernel), "-append", " ".join([*common, *words]),
         "-serial", serial or f"file:{directory}/serial.log",
         "-device", "virtio-serial-pci",
         "-chardev", f"socket,id=verdict,path={directory}/{PORT}",
@@ -120,12 +113,14 @@ def accept(listener: socket.socket, directory: Path) -> socket.socket:
 
 def messages(channel: socket.socket, deadline: Deadline) -> Iterator[dict[str, Any]]:
     """The guest's lines, until the other end closes or the deadline is past."""
+    poll = select.poll()  # select(2) knows descriptors below 1024 alone
+    poll.register(channel, select.POLLIN)
     pending = b""
     while True:
         while b"\n" in pending:
             line, _, pending = pending.partition(b"\n")
             yield json.loads(line)
-        ready = readable(channel, seconds=deadline.left())
+        ready = poll.poll(deadline.left() * 1000)
         part = channel.recv(65536) if ready else b""
         if not part:
             return
