@@ -148,9 +148,18 @@ class Participant:
 
     def finished(self, name: str, *, since: float = 0.0) -> None:
         """Say of what was claimed that it lives: nothing of the jump is needed for it any more. `since`, by time.monotonic(),
-        is when it began to run, 0 for now: khod's ledger has its blackout until then."""
+        is when it began to run, 0 for now: khod's ledger has its blackout until then. Returns when khod has compared all that
+        came through with what was noted of it, which takes minutes where that is terabytes."""
         handle = self._own(name).handle
-        self._call(lambda line: line.finished(handle, ran=time.monotonic() - since if since else 0.0))
+
+        def ask(line: Line) -> None:
+            line.patience(None)
+            try:
+                line.finished(handle, ran=time.monotonic() - since if since else 0.0)
+            finally:
+                line.patience(ANSWER)
+
+        self._call(ask)
 
     def unregister(self, name: str) -> None:
         """Let khod forget it. Refused during an update."""

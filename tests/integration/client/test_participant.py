@@ -6,11 +6,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from khod.client import Claimed, Cold, Hold, Participant
+from khod.client import participant as participants
 from khod.errors import FormatError, InvalidRequest, Lost, NotPermitted, Refused
 from tests.integration.client.attended import Guest, attending, closes_on_exec, memory, open_descriptors, ready
 from tests.integration.client.scripted import Answer, Heard, ScriptedKhod
@@ -59,6 +61,25 @@ def test_refusals_arrive_as_what_they_are(khod: ScriptedKhod, guest: Guest) -> N
 
 
 # --- claiming
+
+
+def test_finishing_takes_as_long_as_khod_compares(khod: ScriptedKhod, guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hanging up would be the end of an instance that hangs on the connection."""
+    monkeypatch.setattr(participants, "ANSWER", 0.1)
+    compared = threading.Event()
+
+    def when_compared(_: Heard) -> Answer:
+        assert compared.wait(20)
+        return {"parameters": {}}, []
+
+    khod.plan("Finished", when_compared)
+    with Participant(guest, path=khod.path) as participant:
+        participant.register("vm1", {})
+        threading.Timer(5 * participants.ANSWER, compared.set).start()
+        participant.finished("vm1")
+        khod.plan("Unregister", lambda _: None)
+        with pytest.raises(Lost, match="in time"):  # others do not
+            participant.unregister("vm1")
 
 
 def claims(khod: ScriptedKhod, answer: str, names: dict[str, bytes], states: list[str], reason: str = "") -> None:
