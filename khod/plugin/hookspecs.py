@@ -3,9 +3,10 @@
 
 A plugin is a module or object that implements these with ``@khod.plugin.hookimpl`` and is named in the entry-point group
 ``khod``. It speaks for the instances whose ``driver`` is its name. An implementation takes any subset of a hook's
-arguments, by name, and may be ``async``; one that blocks in plain code is run in a thread. khod calls one plugin for one
-instance at a time, and plugins of independent instances at once. What a hook raises fails that instance alone (and the
-update, if the instance is required); what it raises outside `khod.errors` is a bug of the plugin and is reported so.
+arguments, by name, and may be ``async``; one that blocks in plain code is run in a thread, and waited for beyond its deadline.
+khod calls one plugin for one instance at a time, and plugins of independent instances at once. What a hook raises fails that
+instance alone (and the update, if the instance is required); what it raises outside `khod.errors` is a bug of the plugin and
+is reported so.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 
 import pluggy
 
+from khod.core.blocking import uninterrupted
 from khod.core.driver import Declaration, Driver, Instance, Probe, Request, check_declaration
 from khod.core.ports import Machine
 from khod.errors import InvalidRequest, KhodError
@@ -92,20 +93,28 @@ class PluginDriver:
 
     async def restore(self, instance: Instance) -> Mapping[str, int]:
         """See hookspecs.khod_restore."""
-        return await self._call("khod_restore", Mapping, instance=instance) or {}
+
+        def discard(made: Mapping[str, int] | None) -> None:
+            for fd in (made or {}).values():
+                instance.machine.files.close(fd)
+
+        return await self._call("khod_restore", Mapping, discard, instance=instance) or {}
 
     async def finish(self, instance: Instance) -> None:
         """See hookspecs.khod_finish."""
         await self._call("khod_finish", None, instance=instance)
 
-    async def _call(self, hook: str, returns: type | None, /, **arguments: Any) -> Any:
-        """Run this plugin's implementation of `hook`; None when it has none. Only KhodErrors leave."""
+    async def _call(
+        self, hook: str, returns: type | None, discard: Callable[[Any], None] = lambda _: None, /, **arguments: Any
+    ) -> Any:
+        """Run this plugin's implementation of `hook`; None when it has none. Only KhodErrors leave. `discard` takes what a
+        thread gives when nobody waits for it any more."""
         implementation = self._hooks.get(hook)
         if implementation is None:
             return None
         chosen = {name: arguments[name] for name in implementation.argnames}
         try:
-            result = await _run(implementation.function, chosen)
+            result = await _run(implementation.function, chosen, discard)
         except KhodError:
             raise
         except Exception as error:
@@ -116,11 +125,15 @@ class PluginDriver:
         return result
 
 
-async def _run(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """Call it: a coroutine function here, any other in a thread, so that one that blocks blocks nobody else."""
+async def _run(function: Callable[..., Any], arguments: dict[str, Any], discard: Callable[[Any], None]) -> Any:
+    """Call it: a coroutine function here, any other in a thread, so that one that blocks blocks nobody else.
+
+    A thread cannot be cancelled. Its end is awaited all the same: while it works, its descriptors must not be closed, and their
+    numbers taken by other files, nor the instance be thawed.
+    """
     if inspect.iscoroutinefunction(function):
         return await function(**arguments)
-    return await asyncio.to_thread(function, **arguments)
+    return await uninterrupted(asyncio.ensure_future(asyncio.to_thread(function, **arguments)), discard)
 
 
 class PluginManager:

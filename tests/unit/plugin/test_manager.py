@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,6 +19,7 @@ from khod.core.ports import Machine
 from khod.core.registry import InstanceState
 from khod.core.state import State
 from khod.errors import InvalidRequest, Refused, UpdateFailed
+from khod.kernel.files import KernelFiles
 from khod.plugin import Declaration, Preserve, Probe, Request, StateBound, hookimpl
 from khod.plugin.manager import PluginError, PluginManager
 from tests.orchestration.world import Recorder, World
@@ -215,6 +219,55 @@ class TestCalls:
 
         asyncio.run(scenario())
         assert threads["async"] == threading.get_ident() != threads["blocking"]
+
+    def test_a_blocking_hook_is_waited_for_beyond_its_deadline(self) -> None:
+        """What it works on is closed afterwards."""
+        at_work, proceed = threading.Event(), threading.Event()
+        ended: list[str] = []
+
+        def khod_freeze() -> None:
+            at_work.set()
+            assert proceed.wait(30)
+            ended.append("freeze")
+
+        async def frozen() -> None:
+            async with asyncio.timeout(0.01):
+                await driver(khod_freeze=khod_freeze).freeze(instance())
+
+        async def scenario() -> None:
+            task = asyncio.create_task(frozen())
+            assert await asyncio.to_thread(at_work.wait, 30)
+            await asyncio.wait([task], timeout=0.05)
+            assert not task.done()
+            proceed.set()
+            with pytest.raises(TimeoutError):
+                await task
+            assert ended
+
+        asyncio.run(scenario())
+
+    def test_what_is_made_anew_too_late_is_closed(self) -> None:
+        made = os.memfd_create("anew")
+        at_work, proceed = threading.Event(), threading.Event()
+
+        def khod_restore() -> Mapping[str, int]:
+            at_work.set()
+            assert proceed.wait(30)
+            return {"ram": made}
+
+        async def scenario() -> None:
+            machine = cast("Machine", SimpleNamespace(files=KernelFiles()))
+            task = asyncio.create_task(driver(khod_restore=khod_restore).restore(replace(instance(), machine=machine)))
+            assert await asyncio.to_thread(at_work.wait, 30)
+            task.cancel()
+            await asyncio.sleep(0)
+            proceed.set()
+            await asyncio.wait([task])
+            assert task.cancelled()
+
+        asyncio.run(scenario())
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(made)
 
     def test_an_async_hook_can_be_cancelled(self) -> None:
         async def khod_freeze() -> Mapping[str, bytes]:
