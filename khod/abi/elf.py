@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An uncompressed kernel: an ELF file of 64 bits, little-endian (include/uapi/linux/elf.h). Nothing in it is believed before it
-was compared with the file's length."""
+"""ELF files of 64 bits, little-endian (include/uapi/linux/elf.h): an uncompressed kernel, and what a program needs to be run.
+Nothing in one is believed before it was compared with the file's length."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ _IDENT_64_LSB = b"\x02\x01\x01"
 _EHDR = Struct("<16sHHIQQQIHHHHHH")
 _PHDR = Struct("<IIQQQQQQ")
 _SHDR = Struct("<IIQQQQIIQQ")
-_PT_LOAD = 1
+_DYN = Struct("<QQ")
+_PT_LOAD, _PT_DYNAMIC, _PT_INTERP = 1, 2, 3
 _SHT_NOBITS = 8
+_DT_NULL, _DT_NEEDED, _DT_STRTAB, _DT_RPATH, _DT_RUNPATH = 0, 1, 5, 15, 29
+MAX_DYNAMIC = 4096
+"""More entries than this has no dynamic section."""
 
 
 class Extent(NamedTuple):
@@ -59,6 +63,71 @@ def parse(data: bytes) -> Elf:
         raise FormatError("it is an ELF file in which nothing is to be loaded")
     headers = list(_table(data, shoff, shentsize, shnum, _SHDR, "section"))
     return Elf(MACHINES.get(machine, str(machine)), tuple(segments), dict(_named(data, headers, shstrndx)))
+
+
+@dataclass(frozen=True, slots=True)
+class Linkage:
+    """What a program or library needs to be run."""
+
+    interpreter: Extent | None
+    """Where in the file the path of its dynamic loader is, with its NUL; None for a library, or a static program."""
+    needed: tuple[str, ...]
+    """DT_NEEDED, in order."""
+    search: tuple[str, ...]
+    """DT_RUNPATH, or DT_RPATH where there is none: directories, "$ORIGIN" not replaced."""
+
+
+def linkage(data: bytes) -> Linkage:
+    """Raises FormatError for anything that is no ELF file, or whose headers lead out of it."""
+    if len(data) < _EHDR.size or not data.startswith(MAGIC):
+        raise FormatError("it is no ELF file")
+    ident, _, _, _, _, phoff, _, _, _, phentsize, phnum, *_ = _EHDR.unpack_from(data)
+    if ident[4:7] != _IDENT_64_LSB:
+        raise FormatError("it is an ELF file, but none of 64 bits and little-endian")
+    loads, interpreter, dynamic = [], None, None
+    for kind, _, offset, address, _, size, *_ in _table(data, phoff, phentsize, phnum, _PHDR, "program"):
+        extent = _extent(data, offset, size, "segment")
+        if kind == _PT_LOAD:
+            loads.append((address, extent))
+        elif kind == _PT_INTERP:
+            interpreter = extent
+        elif kind == _PT_DYNAMIC:
+            dynamic = extent
+    if interpreter is not None and (not interpreter.size or data[interpreter.offset + interpreter.size - 1]):
+        raise FormatError("the path of its loader does not end")
+    entries = [] if dynamic is None else list(_dynamic(data, dynamic))
+    tables = [value for tag, value in entries if tag == _DT_STRTAB]
+    strings = _at(loads, tables[0]) if tables else 0
+
+    def named(wanted: int) -> list[str]:
+        return [_string(data, strings + value) for tag, value in entries if tag == wanted]
+
+    search = named(_DT_RUNPATH) or named(_DT_RPATH)
+    return Linkage(interpreter, tuple(named(_DT_NEEDED)), tuple(part for text in search for part in text.split(":") if part))
+
+
+def _dynamic(data: bytes, extent: Extent) -> Iterator[tuple[int, int]]:
+    if extent.size // _DYN.size > MAX_DYNAMIC:
+        raise FormatError(f"its dynamic section makes no sense: {extent.size} bytes")
+    for offset in range(extent.offset, extent.offset + extent.size - _DYN.size + 1, _DYN.size):
+        tag, value = _DYN.unpack_from(data, offset)
+        if tag == _DT_NULL:
+            return
+        yield tag, value
+
+
+def _at(loads: list[tuple[int, Extent]], address: int) -> int:
+    for start, extent in loads:
+        if start <= address < start + extent.size:
+            return extent.offset + address - start
+    raise FormatError(f"its dynamic strings at {address:#x} are in no segment")
+
+
+def _string(data: bytes, start: int) -> str:
+    end = data.find(b"\0", start, start + 4096) if start < len(data) else -1
+    if end < 0:
+        raise FormatError(f"a dynamic string at {start} does not end")
+    return data[start:end].decode("utf-8", "surrogateescape")
 
 
 def _table(data: bytes, offset: int, entry: int, count: int, layout: Struct, what: str) -> Iterator[tuple[int, ...]]:
