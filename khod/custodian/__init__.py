@@ -10,6 +10,7 @@
     luo         the requests of /dev/liveupdate that are made here
     keeper      what is kept: every step, and what the survivor makes of one that was not ended
     doubt       whether a retrieve is sure to succeed
+    takeover    what the restore stage's custodian has held until now
     server      the socket
     __main__    the program
 

@@ -24,6 +24,7 @@ from khod.custodian.luo import DEVICE
 from khod.custodian.server import SIGHUP, SIGINT, Server
 from khod.custodian.store import LISTEN_FDS_START, Store, listened
 from khod.custodian.table import MOST, Table
+from khod.custodian.takeover import take_over
 
 BACKLOG = 128
 
@@ -59,7 +60,8 @@ def main() -> int:
     keeper = Keeper(Table(numbers), store, options["--device"], boot)
     keeper.adopt(given)
     ready = b"ready\n" if options["--say-ready"] else b""
-    Server(keeper, listener, {0, 1, 2, lock, listener.fileno(), store.fileno}).run(ready)
+    server = Server(keeper, listener, {0, 1, 2, lock, listener.fileno(), store.fileno})
+    server.run(ready, lambda inherited: take_over(keeper))
     return 0
 
 

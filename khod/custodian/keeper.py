@@ -40,6 +40,8 @@ from khod.custodian.table import DEPOSIT, DROPPING, FILE, FOREIGN, NOTHING, OFFE
 
 SPARE = 64
 """Numbers of the table that are left for connections and for what is on its way."""
+_FILES = 1 << 32
+"""Added to a file's number, so that files come behind their sessions."""
 _LETTERS = (b"", b"A", b"B")
 _NAME = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789")
 
@@ -223,6 +225,39 @@ class Keeper:
                 self.table.set_stored(fd, True)
         self.table.offered = False
 
+    # -- from one custodian to another
+
+    def next_held(self, after: int) -> tuple[int, int]:
+        """Deposits and sessions, and behind them the files, one after the other: where to go on, and the descriptor; (0, -1)
+        behind the last one."""
+        held = [*self.deposits.values(), *self.sessions.values()]
+        held += [_FILES + fd for files in self.files.values() for fd in files.values()]
+        place = min((fd for fd in held if fd > after), default=0)
+        return (place, place % _FILES) if place else (0, -1)
+
+    def inherit(self, fd: int, kind: int, name: bytes, session: int, token: int) -> int:
+        """Take over what another custodian has held: `fd`, or what is held of the same kind and name already. Returns the
+        number by which it is held; 0 for a file whose session is not."""
+        self._check_room(stored=kind != FILE and self._wanted())
+        if kind == DEPOSIT:
+            held = self.deposits.get(name)
+            if held is None:
+                self.keep(name, fd)
+            return self.deposits[name]
+        if kind == SESSION:
+            held = self.sessions.get(name)
+            if held is None:
+                self._label(fd, SESSION, name, self._new_mark(b"S"))
+                self.sessions[name] = held = fd
+            self._in_store(held)
+            return held
+        if not self.table.kind(session):
+            return 0
+        known = self.files.get(session, {}).get(token)
+        if known is None:
+            self._label(fd, FILE, session=session, token=token)
+        return fd if known is None else known
+
     # -- limits
 
     def holds(self) -> int:
@@ -292,7 +327,7 @@ class Keeper:
                 if not stat.S_ISREG(status.st_mode):
                     raise Refusal(protocol.INVALID, f"the file is kept already, as {self.table.read(other).name!r}")
                 access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-                return os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC)
+                return os.open(f"{luo.FDS}/{fd}", access | os.O_CLOEXEC)
         return fd
 
     def _drop(self, fd: int) -> None:
@@ -372,7 +407,7 @@ class Keeper:
         a death, it may be done again."""
         self._forget()
         unlabelled = []
-        for fd in sorted(map(int, os.listdir("/proc/self/fd"))):
+        for fd in sorted(map(int, os.listdir(luo.FDS))):
             if fd >= self.table.numbers or self.table.kind(fd) == NOTHING:
                 unlabelled.append(fd)
             else:

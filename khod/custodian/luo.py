@@ -9,6 +9,8 @@ import os
 from khod.abi import liveupdate as abi
 
 DEVICE = "/dev/liveupdate"
+FDS = "/proc/self/fd"
+"""Where our descriptors are listed."""
 F_DUPFD_QUERY = 1024 + 3
 """include/uapi/linux/fcntl.h; Linux 6.10."""
 _PREFIX = abi.SESSION_LINK_PREFIX.rstrip()
@@ -17,7 +19,7 @@ _PREFIX = abi.SESSION_LINK_PREFIX.rstrip()
 def is_session(fd: int) -> bool:
     """Whether it is a session, incoming or outgoing; a number that is closed is none."""
     try:
-        return os.readlink(f"/proc/self/fd/{fd}").startswith(_PREFIX)
+        return os.readlink(f"{FDS}/{fd}").startswith(_PREFIX)
     except OSError:
         return False
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from struct import Struct
 
 SOCKET = "/run/khod/custodian.sock"
+EARLY = b"\0khod-early"
+"""Where the custodian of the restore stage serves (khod.early.custodian): an address that needs no file system."""
 VERSION = b"khc1"
 MAX_PACKET = 32 << 10
 MAX_FDS = 128
@@ -32,6 +34,9 @@ DOUBT = 10  # numbers: bytes, files. Answer: text
 RETRIEVE_SESSION = 11  # text: the session's name. Answer: a descriptor
 RETRIEVE_FD = 12  # first number: the token; one descriptor, of the session. Answer: a descriptor
 LEAVE = 13  # end, if nothing is held
+NEXT = 14  # first number: where the last answer left off, 0 at first. Answer: where this one does, 0 at the end; `HELD`
+# and the name; a descriptor
+YIELD = 15  # end, whatever is held: whoever asks has it all
 
 # What an answer begins with. Above 0: an errno of the kernel's, and the text names the call that it came from, by the names
 # of khod.core.refusals. Below 0 the text is for people.
@@ -45,6 +50,8 @@ HOLDING = -6  # LEAVE
 
 _REQUEST = Struct("=4sHHQQ")  # version, operation, 0, two numbers
 _ANSWER = Struct("=4siQ")  # version, status, number
+HELD = Struct("=BQQ")
+"""Before the name in an answer to NEXT: kind (`khod.custodian.table`), number of the answer with a file's session, token."""
 MAX_U64 = (1 << 64) - 1
 
 

@@ -19,6 +19,10 @@ from khod.custodian.log import ERROR, WARNING, say
 from khod.custodian.store import Silent
 from khod.custodian.twins import SIGKILL, clone, outlive
 
+TYPE_CHECKING = False  # typing takes longer to import than all that is done here
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 SIGHUP, SIGINT, SIGTERM = 1, 2, 15
 CLIENTS = 32
 """Connections at a time, well below `keeper.SPARE`. A client has one for the length of a call."""
@@ -38,18 +42,23 @@ class Server:
         self._wake = (-1, -1)
         self._told = self._inherited = False
 
-    def run(self, ready: bytes) -> None:
+    def run(self, ready: bytes, work: Callable[[bool], object] = lambda inherited: None) -> None:
         """Serve. Whichever process this is at the time: the twin of the one that is dead comes back here, and goes on.
 
-        `ready` is written to standard output once there are two.
+        `ready` is written to standard output once there are two and `work` is done, which is told whether it is done in the
+        place of one that is dead.
         """
         while True:
             self._become()
             if self._make_twin():
                 continue
-            self._announce(ready)
             if self._inherited:
+                self._announce(ready)
                 self._keeper.recover(self._all_ours())
+                work(True)
+            else:
+                work(False)
+                self._announce(ready)
             self._serve()
 
     def _become(self) -> None:
@@ -129,11 +138,13 @@ class Server:
             say(f"not ending: {held} descriptors are held here and nowhere else; `khoctl status` says whose", ERROR)
             self._keeper.store.tell(f"STATUS=Not ending: {held} descriptors are held here and nowhere else")
             return
-        self._end()
+        self.end()
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """End both, whatever is held."""
         self._keeper.store.tell("STOPPING=1")
-        os.unlink(self._listener.getsockname())  # pathlib takes as long to import as all else
+        if isinstance(path := self._listener.getsockname(), str):  # bytes are no file's
+            os.unlink(path)  # pathlib takes as long to import as all else
         if self._twin >= 0:
             _signal.pidfd_send_signal(self._twin, SIGKILL)
             os.waitpid(self._twin_pid, 0)
@@ -185,7 +196,7 @@ class Server:
             operation, first, second, text = protocol.read_request(packet)
             number, answer, result = self._do(operation, first, second, text, fds)
             reply, good = protocol.answer(protocol.DONE, number, answer), True
-            leave = operation == protocol.LEAVE
+            leave = operation in (protocol.LEAVE, protocol.YIELD)
         except ValueError as error:  # no packet of ours: whoever sends such a thing is not spoken to any longer
             reply = protocol.answer(protocol.INVALID, 0, str(error).encode())
         except Refusal as refusal:
@@ -201,7 +212,7 @@ class Server:
         sent = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, pack("i", result))] if result >= 0 else []
         client.sendmsg([reply], sent, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL)
         if leave:
-            self._end()
+            self.end()
         return good
 
     def _close_unless_kept(self, fd: int) -> None:
@@ -243,9 +254,21 @@ class Server:
         elif operation == protocol.LEAVE:
             if held := keeper.holds():
                 raise Refusal(protocol.HOLDING, f"{held} descriptors are held")
+        elif operation == protocol.NEXT:
+            return self._next(first)
+        elif operation == protocol.YIELD:
+            if isinstance(self._listener.getsockname(), str):
+                raise Refusal(protocol.REFUSED, "only the restore stage's custodian gives up what it holds")
         else:
             raise ValueError(f"there is no request {operation}")
         return nothing
+
+    def _next(self, after: int) -> tuple[int, bytes, int]:
+        place, fd = self._keeper.next_held(after)
+        if fd < 0:
+            return 0, b"", -1
+        label = self._keeper.table.read(fd)
+        return place, protocol.HELD.pack(label.kind, label.session, label.token) + label.name, fd
 
 
 def _whole(packet: bytes, flags: int) -> None:
