@@ -8,13 +8,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 APT := tools/apt-missing
 APT_RUN := python3 python3-venv python3-dev gcc pkg-config libsystemd-dev make git ca-certificates
-APT_TEST := device-tree-compiler systemd dbus-daemon zstd xz-utils lz4 lzop
+APT_TEST := binutils cpio device-tree-compiler systemd dbus-daemon zstd xz-utils lz4 lzop
 APT_BENCH := gcc libssl-dev
 APT_VM := qemu-system-x86 qemu-utils gdb kmod e2fsprogs mmdebstrap
 # The lab's machine sees this host's files, and only root may show them all; the kernel stays in the caller's cache.
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo) env HOME="$(HOME)"
 # Missing tools and a missing kernel skip tests where somebody runs pytest by hand, and fail them here.
-REQUIRE := vm,ruff,mypy,systemd-analyze,zstd,xz,lz4,lzop,dbus-daemon
+REQUIRE := vm,cpio,ruff,mypy,systemd-analyze,zstd,xz,lz4,lzop,dbus-daemon
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14

@@ -7,10 +7,12 @@ The layers, lowest first; a module imports from its own layer and from those bel
     errors            the exception tree
     folio, abi        pure formats: the folio map, the handover tree, the kernel's argument structs
     custodian         a program of its own that holds descriptors, so that khod may die
+    early             restoring before there is a root file system
     config            YAML -> typed configuration
     core              policy: ports, model, states, journal, orchestration
     plugin            what driver authors write against: hook specifications, dispatcher
     kernel, simulated two machines behind the ports of core
+    initrd            the archive that early comes in
     api               the varlink interface, server and client
     daemon            the one place that joins the others
     cli               khoctl, a client of the api

@@ -24,6 +24,7 @@ _LUO_AGENT: Final = Path("/run/luod/liveupdate.sock")
 _FLEET: Final = Path("/etc/khod/fleet.yaml")
 _STATE: Final = Path("/var/lib/khod")
 JUMPS: Final = ("direct", "systemd")
+INITRDS: Final = ("none", "build", "host")
 CONTINUITIES: Final = ("preserved", "rebuilt", "reset")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 RIGHTS: Final = ("observe", "instances", "opaque", "operate", "administer")
@@ -157,6 +158,55 @@ def _rule(number: int, given: Any) -> Rule:
     return Rule(kind, name, tuple(right for right in RIGHTS if right in may))
 
 
+@dataclass(frozen=True, slots=True)
+class EarlyStart:
+    """An instance that the initrd starts (docs/initrd.md)."""
+
+    instance: str
+    owner: str
+    command: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+def _starts(value: Any) -> tuple[EarlyStart, ...]:
+    if not isinstance(value, list):
+        raise ValueError("not a list")
+    return tuple(_start(number, given) for number, given in enumerate(value, 1))
+
+
+def _start(number: int, given: Any) -> EarlyStart:
+    known = ("instance", "owner", "command", "files")
+    if not isinstance(given, dict):
+        raise ValueError(f"start {number} is no mapping")
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(f"start {number}: there is no {unknown[0]!r} in it: {', '.join(known)}")
+    instance, owner = given.get("instance"), given.get("owner", "user:root")
+    if not isinstance(instance, str) or not isinstance(owner, str) or not instance:
+        raise ValueError(f"start {number}: instance must be a name, and owner user:NAME or unit:NAME")
+    if not owner.startswith(("user:", "unit:")):
+        raise ValueError(f"start {number}: {owner!r} is no owner: user:NAME or unit:NAME")
+    command, files = _words(given.get("command")), _words(given.get("files", []))
+    if not command or not command[0].startswith("/"):
+        raise ValueError(f"start {number}: command must be a list, and begin with the absolute path of a program")
+    if relative := [path for path in files if not path.startswith("/")]:
+        raise ValueError(f"start {number}: {relative[0]!r} is relative")
+    return EarlyStart(instance, owner, command, files)
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError("not a list")
+    if wrong := [word for word in value if not isinstance(word, str) or not word or "\n" in word or "\t" in word]:
+        raise ValueError(f"{wrong[0]!r} is no word without tabs and ends of lines")
+    return tuple(value)
+
+
+def _initrd(text: str) -> str:
+    if text not in INITRDS:
+        raise ValueError("there is no such way")
+    return text
+
+
 PATH = Kind("an absolute path", _checked(lambda: str, _absolute))
 MACHINE = Kind("`kernel`, or `simulated:` and an absolute directory", _checked(lambda: str, _machine))
 SECONDS = Kind("seconds, more than 0, at most 86400", _checked(_within(float, gt=0, le=86400), _finite))
@@ -167,6 +217,9 @@ CONNECTIONS = Kind("a number from 1 to 100000", _checked(_within(int, ge=1, le=1
 COUNT = Kind("a number from 0 to 1000000", _checked(_within(int, ge=0, le=1_000_000)))
 MILLISECONDS = Kind("milliseconds, from 0 to 60000", _checked(_within(int, ge=0, le=60_000)))
 RULES = Kind("a list of rules, see below", _rules)
+STARTS = Kind("a list, see docs/initrd.md", _starts)
+NAMES = Kind("a list of names", _words)
+INITRD = Kind("`none`, `build` or `host`", _checked(lambda: str, _initrd))
 FLAG = Kind("`true` or `false`", _checked(lambda: bool))
 JUMP = Kind("`direct` or `systemd`", _checked(lambda: str, _jump))
 CONTINUITY = Kind("one of " + ", ".join(f"`{word}`" for word in CONTINUITIES), _checked(lambda: str, _continuity))
@@ -227,6 +280,19 @@ class LuoAgent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Initrd:
+    """The restore before the root file system is there (docs/initrd.md)."""
+
+    use: str = _setting(
+        "none",
+        INITRD,
+        "Restore in the initrd: `build` one in front of the host's own whenever a kernel is loaded; or the `host`'s has it.",
+    )
+    modules: tuple[str, ...] = _setting((), NAMES, "Kernel modules that must be there before /dev/liveupdate is opened.")
+    start: tuple[EarlyStart, ...] = _setting((), STARTS, "Instances to start in it at once, each by a command of its own.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that can be configured."""
 
@@ -273,6 +339,7 @@ class Config:
     quotas: Quotas = field(default_factory=Quotas)
     limits: Limits = field(default_factory=Limits)
     luo_agent: LuoAgent = field(default_factory=LuoAgent)
+    initrd: Initrd = field(default_factory=Initrd)
 
 
 class Setting(NamedTuple):

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 from khod import __version__, config
@@ -88,7 +89,7 @@ async def serve(configuration: config.Config, notifier: Notifier) -> int:
         alert(logger, Alert.NO_JOURNAL, "%s", reason)
     answerable = Answerable()
     answerable.say(State.RESTORING)
-    machine = open_machine(configuration)
+    machine = with_initrd(open_machine(configuration), configuration)
     processes = Processes(asyncio.get_running_loop())
     host = Host(machine, core_settings(configuration), PluginManager(), processes.watch)
     notifier.status("Looking for what the previous kernel left")
@@ -159,6 +160,13 @@ def open_machine(configuration: config.Config) -> Machine:
     from khod.kernel.machine import machine
 
     return machine(configuration.state_directory, device_timeout=configuration.device_timeout, begin=True)
+
+
+def with_initrd(machine: Machine, configuration: config.Config) -> Machine:
+    """The machine, with the restore stage in the initrd of each image where that is configured."""
+    from khod.initrd.image import JumpImages
+
+    return replace(machine, kexec=JumpImages(machine.kexec, configuration.initrd, state_of(configuration)))
 
 
 def core_settings(configuration: config.Config) -> Settings:

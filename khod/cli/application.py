@@ -20,6 +20,7 @@ from khod.cli import (
     finished,
     formats,
     history,
+    initrd,
     inspection,
     instances,
     load,
@@ -50,6 +51,7 @@ COMMANDS: tuple[tuple[str, Callable[..., object]], ...] = (
     ("history", history.history),
     ("inspect", inspection.inspect),
     ("formats", formats.formats),
+    ("initrd", initrd.initrd),
     ("demo", demo.demo),
 )
 

@@ -61,6 +61,8 @@ class Claims:
             return Claimed(entry)
         if entry is None:
             return Claimed(_unknown(name, state))
+        if entry.runner is not None and entry.runner.there and caller.pid != entry.runner_pid:
+            return Claimed(hold(f"{entry.label} runs already: the initrd started it as process {entry.runner_pid}"))
         if reason := _held_back(entry, state, unverified):
             return Claimed(hold(reason))
         self._record(entry, caller, update)
@@ -98,6 +100,8 @@ class Claims:
         with another handle it would not hear of the next update, and its guest would run into the jump."""
         if entry.state is InstanceState.REGISTERED:
             return False
+        if entry.runner is not None:  # the initrd started it, and this is its first word, or its successor's
+            return True
         kept = entry.keeper is not None and entry.keeper.there
         return entry.state is not InstanceState.CLAIMED or not (kept or self._broker.answers(entry.handle))
 
@@ -105,6 +109,7 @@ class Claims:
         duplicate = self._machine.files.duplicate
         void = entry.handle
         changes_hands = self._changes_hands(entry)
+        entry.runner = None
         if changes_hands:
             self._registry.set_handle(entry, new_handle())
             entry.lifetime = lifetime or entry.lifetime

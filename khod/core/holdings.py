@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from khod.core import views
+from khod.core import resumed, views
 from khod.core.alerts import Alert, alert
 from khod.core.blocking import blocking
 from khod.core.book import Book
@@ -82,6 +82,7 @@ class Holdings:
         """What a khod finds at its start."""
         for entry in entries:
             self.registry.put(entry)
+        resumed.hang(self.keepers, self.registry)
         self.keepers.resume([e for e in self.registry if not e.state.unclaimed], self.settings.reconnect)
         if any(e.state.unclaimed for e in self.registry):
             asyncio.get_running_loop().call_later(self.settings.orphans_after, self.report_orphans)

@@ -50,7 +50,7 @@ class Keepers:
         back."""
         waiting = []
         for entry in entries:
-            if entry.lifetime is Lifetime.PERSISTENT:
+            if entry.lifetime is Lifetime.PERSISTENT or entry.keeper is not None:
                 continue
             if entry.lifetime is Lifetime.CONNECTION or not entry.keeper_pid:
                 waiting.append(entry)

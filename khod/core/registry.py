@@ -103,6 +103,10 @@ class Entry:
     keeper_pid: int = 0
     keeper_since: int = 0
     """`Presence.since` of a process, for a khod that is started anew."""
+    runner: Presence | None = None
+    """The process that the restore stage started for it, until that claims it."""
+    runner_pid: int = 0
+    runner_since: int = 0
     client_states: tuple[StateBound, ...] = ()
     """Written by its client and not by its driver."""
     shareable: bool = False

@@ -22,6 +22,7 @@ from khod.core.node import Carried
 from khod.core.ports import Machine
 from khod.core.registry import Entry, Grade, InstanceState, Key, order
 from khod.core.settings import Settings
+from khod.early.record import Started
 from khod.errors import DeadlinePassed, FormatError, KhodError
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class Restorer:
         self.verification = Verification()
         self.on_instance: Callable[[Entry], None] = lambda entry: None
         """Told of each instance as it is done."""
+        self.running: Mapping[str, Started] = {}
+        """By their sessions: those that were compared and started before khod, and have been written to since."""
 
     async def restore(self, others: Mapping[Key, Entry]) -> list[Entry]:
         """All instances of the tree whose sessions are not over, as entries: RESTORED, or WAITING, DAMAGED or QUARANTINED with
@@ -141,7 +144,8 @@ class Restorer:
         if page is not None and page.state in (InstanceState.DAMAGED, InstanceState.QUARANTINED):
             self._mark(entry, page.state, page.problem)
             return
-        if page is None or page.state is InstanceState.WAITING:  # else it was compared, and has been written to since
+        fresh = page is None or page.state is InstanceState.WAITING
+        if fresh and carried.session not in self.running:  # else it was compared, and has been written to since
             await blocking(self._compare, entry, carried)
         if entry.driver is None:
             self._mark(entry, InstanceState.QUARANTINED, f"no plugin here reads {carried.compatible!r}")

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from khod.core.ports import Files, Frames
+from khod.early import sampling
+from khod.early.sampling import ORDER_SHIFT
 from khod.folio.units import PAGE_SHIFT, PAGE_SIZE, Folio
-
-ORDER_SHIFT = 52
-"""In a recorded frame the page's pfn is below this bit, the order of its folio above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +42,7 @@ def unpacked(value: int) -> tuple[int, Folio]:
 
 def choose(update: str, instance: str, sizes: Sequence[int], count: int) -> list[tuple[int, int]]:
     """At most `count` pages, as (index of the descriptor, page index in it), all different; `sizes` in bytes."""
-    pages = [-(-size // PAGE_SIZE) for size in sizes]
-    total = sum(pages)
-    if total <= count:
-        chosen = list(range(total))
-    else:
-        numbers: dict[int, None] = {}
-        turn = 0
-        while len(numbers) < count:
-            word = hashlib.sha256(f"{update}/{instance}/{turn}".encode()).digest()
-            numbers[int.from_bytes(word[:8], "little") % total] = None
-            turn += 1
-        chosen = list(numbers)
-    return [_locate(number, pages) for number in chosen]
-
-
-def _locate(number: int, pages: Sequence[int]) -> tuple[int, int]:
-    for index, count in enumerate(pages):
-        if number < count:
-            return index, number
-        number -= count
-    raise AssertionError("a page beyond the last file")
+    return sampling.choose(update, instance, sizes, count, hashlib.sha256)
 
 
 def take(

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from khod.core import ledger
+from khod.core import ledger, resumed
 from khod.core.alerts import Alert, alert
 from khod.core.blocking import blocking
 from khod.core.book import Book
@@ -174,8 +174,10 @@ class Startup:
             logger.warning("the journal speaks of update %s, the tree of %s: the tree wins", self.last.update, self.update)
         if not again:
             self._note(State.RESTORING, release=self.boot.release, count=self.boot.kexec_count)
+        stage = await blocking(resumed.read, self.machine)
         restorer = Restorer(self.machine, self.settings, self.drivers, incoming, self.book)
         restorer.on_instance = self._note_restored
+        restorer.running = resumed.running(stage)
         restored: list[Entry] = []
         if not incoming.verdict:
             try:
@@ -188,11 +190,15 @@ class Startup:
         self.problems += restorer.verification.problems
         for entry in restored:
             await self._take_up(entry)
+        for entry in restored:
+            if entry.incoming in restorer.running:
+                resumed.take_up(entry, restorer.running[entry.incoming])
         self.gaps = self._gaps(incoming)
         if again:
             return self._restored_again(restorer.verification)
         await blocking(self.book.note_accepted, self.update)
         self._reckon(incoming)
+        resumed.reckon(self.ledger, stage, incoming.stamp, self.started)
         self._note(
             State.RESTORED,
             spans=self.ledger.record(),

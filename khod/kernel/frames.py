@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 
 from khod.core.ports import WINDOW, FolioWindow
 from khod.core.refusals import refused
+from khod.early import folios
+from khod.early.folios import KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL, PM_PFN, PM_PRESENT, NoFolio
+from khod.early.folios import entries as _entries
 from khod.errors import MachineError
 from khod.folio.units import PAGE_SHIFT, PAGE_SIZE, Folio
 
@@ -22,18 +25,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-PM_PRESENT = 1 << 63
-PM_PFN = (1 << 55) - 1
-KPF_COMPOUND_HEAD = 1 << 15
-KPF_COMPOUND_TAIL = 1 << 16
-"""include/uapi/linux/kernel-page-flags.h; pagemap's are in fs/proc/task_mmu.c."""
-
-_ENTRY = 8
-"""Bytes of an entry in both files."""
-_SPAN = 512
-"""Frames of kpageflags that are read at once when one folio is looked for: most folios have at most as many."""
-_MAX_FOLIO = 1 << 18
-"""Frames of the largest folio that Linux has (1 GiB)."""
 _GAP = 64
 """Frames nobody asked for that are read along rather than starting another read: about what one more call costs."""
 
@@ -141,57 +132,18 @@ def _folios(kpageflags: int, offset: int, pfns: NDArray[np.uint64], flags: NDArr
 
 def _frame(entry: int, index: int) -> int:
     """The frame in one entry of pagemap."""
-    if not entry & PM_PRESENT:
-        raise MachineError(f"page {index} of the file has no frame", hint="it was truncated or punched while it was read")
-    if not (pfn := entry & PM_PFN):
-        raise MachineError("the kernel hides frame numbers", hint="pagemap shows them to CAP_SYS_ADMIN only: run khod as root")
-    return pfn
+    try:
+        return folios.frame(entry, index)
+    except NoFolio as error:
+        raise MachineError(str(error), hint=error.hint)
 
 
 def _folio(kpageflags: int, pfn: int) -> Folio:
     """The folio that holds a frame."""
-    head = _head(kpageflags, pfn)
-    if head is None:
-        return Folio(pfn, 0)
-    frames, at = 1, head + 1
-    while frames < _MAX_FOLIO:
-        tails = 0
-        for flags in (read := _entries(kpageflags, at, _SPAN)):
-            if not flags & KPF_COMPOUND_TAIL:
-                break
-            tails += 1
-        frames, at = frames + tails, at + tails
-        if tails < len(read) or not read:
-            break
-    return Folio(head, frames.bit_length() - 1)
-
-
-def _head(kpageflags: int, pfn: int) -> int | None:
-    """The first frame of the compound page that `pfn` is in; None when it is in none."""
-    (flags,) = _entries(kpageflags, pfn, 1)
-    if flags & KPF_COMPOUND_HEAD:
-        return pfn
-    if not flags & KPF_COMPOUND_TAIL:
-        return None
-    lowest = pfn & ~(_MAX_FOLIO - 1)
-    end = pfn
-    while end > lowest:
-        start = max(lowest, end - _SPAN)
-        for i, flags in enumerate(reversed(_entries(kpageflags, start, end - start))):
-            if flags & KPF_COMPOUND_HEAD:
-                return end - 1 - i
-        end = start
-    raise MachineError(f"frame {pfn:#x} is in a compound page that has no head")
-
-
-def _entries(file: int, first: int, count: int) -> array[int]:
-    """`count` entries of pagemap or kpageflags; fewer at the end of memory only."""
-    parts = []
-    offset, left = first * _ENTRY, count * _ENTRY
-    while left and (part := os.pread(file, left, offset)):
-        parts.append(part)
-        offset, left = offset + len(part), left - len(part)
-    return array("Q", b"".join(parts))
+    try:
+        return Folio(*folios.folio(kpageflags, pfn))
+    except NoFolio as error:
+        raise MachineError(str(error), hint=error.hint)
 
 
 @contextmanager

@@ -16,10 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from khod.early import folios as early_folios
+from khod.early.folios import KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL
 from khod.errors import BadDescriptor, MachineError
 from khod.folio.units import Folio
 from khod.kernel import frames
-from khod.kernel.frames import KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL, KernelFrames
+from khod.kernel.frames import KernelFrames
 
 OTHER_FLAGS = 1 << 3 | 1 << 5
 """Uptodate and lru, which say nothing of orders."""
@@ -91,12 +93,12 @@ def test_a_compound_page_without_a_head_is_an_error() -> None:
 
 
 def test_hidden_and_missing_frames_are_told_apart() -> None:
-    present = np.array([frames.PM_PRESENT | 7, frames.PM_PRESENT], np.uint64)
+    present = np.array([early_folios.PM_PRESENT | 7, early_folios.PM_PRESENT], np.uint64)
     with pytest.raises(MachineError, match="hides") as refused:
         frames._frames(present, 0)
     assert "CAP_SYS_ADMIN" in refused.value.hint
     with pytest.raises(MachineError, match="page 11 of the file has no frame"):
-        frames._frames(np.array([frames.PM_PRESENT | 7, 0], np.uint64), 10)
+        frames._frames(np.array([early_folios.PM_PRESENT | 7, 0], np.uint64), 10)
 
 
 @pytest.fixture
@@ -120,7 +122,7 @@ def own_pagemap(fd: int) -> list[int]:
             f.seek(address // 4096 * 8)
             entries = np.frombuffer(f.read(-(-size // 4096) * 8), np.uint64)
         del view
-    return [int(entry) & frames.PM_PFN for entry in entries]
+    return [int(entry) & early_folios.PM_PFN for entry in entries]
 
 
 def test_windows_cover_the_file_and_agree_with_pagemap(memfd: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the stage has done: a memfd in custody, which the khod that starts later reads.
+
+It grows by a line for each thing, which is written before it is done wherever a death in between could lead to a second life
+of a guest. Words have a tab between them::
+
+    khod-early 1
+    update  ID
+    mark    NAME  CLOCK_MONOTONIC in nanoseconds
+    start   OWNER  NAME  SESSION            it will be started
+    runs    OWNER  NAME  SESSION  PID  SINCE   written by the process itself, right before it becomes the VMM
+    failed  OWNER  NAME  SESSION  WHY       it was not, and nobody has written to its memory
+"""
+
+from __future__ import annotations
+
+import os
+
+DEPOSIT = "early"
+"""Its name in custody."""
+MARKS = ("launched", "interpreter", "retrieved", "verified", "resumed")
+"""In the order of time: the launcher runs; the stage's first line; descriptors are there; compared; the VMM is started."""
+_HEAD = "khod-early 1"
+_MOST = 1 << 20
+
+
+class Started:
+    """An instance that the stage began to start. `pid` is 0 if it died before it could tell: whether the guest runs is not
+    known. `since`: when the process began, in ticks of this boot. `why`: it did not run, for this reason."""
+
+    __slots__ = ("name", "owner", "pid", "session", "since", "why")
+
+    def __init__(self, owner: str, name: str, session: str, pid: int = 0, since: int = 0, why: str = "") -> None:
+        self.owner, self.name, self.session, self.pid, self.since, self.why = owner, name, session, pid, since, why
+
+
+class Record:
+    """A record as it was read."""
+
+    __slots__ = ("marks", "started", "update")
+
+    def __init__(self) -> None:
+        self.update = ""
+        self.marks: dict[str, int] = {}
+        self.started: list[Started] = []
+
+
+def begin() -> int:
+    """A new one: a memfd, the caller's."""
+    fd = os.memfd_create("khod-early", os.MFD_CLOEXEC)
+    note(fd, _HEAD)
+    return fd
+
+
+def note(fd: int, *words: object) -> None:
+    """Add a line. One process at a time does."""
+    text = "\t".join(str(word).replace("\t", " ").replace("\n", " ") for word in words) + "\n"
+    os.pwrite(fd, text.encode("utf-8", "surrogateescape"), os.fstat(fd).st_size)
+
+
+def read(data: bytes) -> Record:
+    """Raises ValueError. A last line that is torn was not finished."""
+    if len(data) > _MOST:
+        raise ValueError(f"the stage's record has {len(data)} bytes")
+    head, *lines, _ = data.decode("utf-8", "surrogateescape").split("\n")
+    if head != _HEAD:
+        raise ValueError(f"the stage's record begins with {head[:40]!r}")
+    record = Record()
+    for line in lines:
+        kind, *words = line.split("\t")
+        if kind == "update" and len(words) == 1:
+            record.update = words[0]
+        elif kind == "mark" and len(words) == 2:
+            record.marks[words[0]] = int(words[1])
+        elif kind == "start" and len(words) == 3:
+            record.started.append(Started(words[0], words[1], words[2]))
+        elif kind == "runs" and len(words) == 5:
+            one = _begun(record, words)
+            one.pid, one.since = int(words[3]), int(words[4])
+        elif kind == "failed" and len(words) == 4:
+            _begun(record, words).why = words[3]
+        else:
+            raise ValueError(f"the stage's record has a line {line[:80]!r}")
+    return record
+
+
+def _begun(record: Record, words: list[str]) -> Started:
+    for one in record.started:
+        if [one.owner, one.name, one.session] == words[:3]:
+            return one
+    raise ValueError(f"the stage's record speaks of {words[1]!r} before it is started")
