@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -91,6 +91,8 @@ class Declaration:
     """Names of descriptors of the request that the kernel does not preserve, and that restore makes anew."""
     strategy: Strategy = Strategy.NATIVE
     continuity: Continuity = Continuity.PRESERVED
+    unsettled: bool = False
+    """This is the most that it takes and the least that it gives: which way it goes is settled in preparing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,9 @@ class Instance:
     keepsake: Mapping[str, bytes] = field(default_factory=dict)
     """What prepare said that thaw needs to know: there in thaw even if khod was killed in between."""
     required: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Descriptors of the instances that it requires, by their names: in check, prepare, freeze and restore."""
+    """Descriptors of the instances that it requires, by their names: in check, settle, prepare, freeze and restore."""
+    anew: Collection[str] = ()
+    """Which of those will have other descriptors after the jump: in settle."""
 
     @property
     def path(self) -> str:
@@ -193,6 +197,11 @@ class Driver(Protocol):
 
     async def check(self, instance: Instance) -> Sequence[str]:
         """Reasons why an update with this instance would fail; () when there are none."""
+        ...
+
+    async def settle(self, instance: Instance, declared: Declaration) -> Declaration:
+        """Which way an instance goes whose declaration is unsettled. Preserves nothing that lasts. Raises when that cannot be
+        known now."""
         ...
 
     async def prepare(self, instance: Instance) -> Mapping[str, bytes]:
@@ -259,3 +268,14 @@ def check_declaration(request: Request, declaration: Declaration) -> None:
         raise InvalidRequest(
             f"{request.name}: the driver declares {'; '.join(problems)}", hint="report it to the plugin's author"
         )
+
+
+def check_settled(instance: Instance, declared: Declaration, settled: Declaration) -> None:
+    """Hold what a driver settled to what it had declared, by which memory was reckoned. Raises InvalidRequest."""
+    check_declaration(Request(instance.name, instance.fds, instance.options), settled)
+    if (settled.compatible, settled.requires) != (declared.compatible, declared.requires):
+        raise InvalidRequest(f"{instance.name}: the driver settles another compatible string or other dependencies")
+    if strange := sorted(s.name for s in settled.states if s not in declared.states):
+        raise InvalidRequest(f"{instance.name}: the driver settles states {strange} that it did not declare so")
+    if not settled.continuity.meets(declared.continuity):
+        raise InvalidRequest(f"{instance.name}: the driver settles less than it had declared: {settled.continuity}")

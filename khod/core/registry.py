@@ -147,6 +147,7 @@ class Entry:
 
     def view(self, machine: Machine, others: Iterable[Entry] = ()) -> Instance:
         """As its driver sees it; what it requires is looked for among `others`."""
+        needed = [e for e in others if self._requires(e)] if self.requires else []
         return Instance(
             name=self.name,
             options=self.options,
@@ -155,7 +156,8 @@ class Entry:
             states=dict(self.states),
             properties=dict(self.properties),
             keepsake=dict(self.keepsake),
-            required={e.name: dict(e.fds) for e in others if self._requires(e)} if self.requires else {},
+            required={e.name: dict(e.fds) for e in needed},
+            anew=frozenset(e.name for e in needed if e.declaration.made),
         )
 
     def _requires(self, other: Entry) -> bool:

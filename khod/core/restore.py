@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from khod.core import sample
 from khod.core.alerts import Alert, alert
@@ -159,7 +159,10 @@ class Restorer:
         entry.fds.update(made)
         if missing := sorted(set(carried.made) ^ set(made)):
             raise FormatError(f"{entry.label}: its driver made {sorted(made)} anew, and not {missing}")
-        entry.declaration = await entry.driver.declare(self.machine, Request(entry.name, dict(entry.fds), entry.options))
+        declared = await entry.driver.declare(self.machine, Request(entry.name, dict(entry.fds), entry.options))
+        if declared.unsettled:  # until the next update settles it: as it came
+            declared = replace(declared, strategy=carried.strategy, continuity=carried.continuity)
+        entry.declaration = declared
         entry.properties = dict(entry.declaration.properties)
         entry.state = InstanceState.RESTORED
 

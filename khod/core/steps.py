@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
 
 from khod.core.blocking import blocking, opening
+from khod.core.driver import Continuity, Declaration
 from khod.core.node import SESSION
 from khod.core.question import Phase
 from khod.core.registry import MAX_INSTANCES, Entry, Grade, InstanceState, order
@@ -74,6 +75,56 @@ class Announce(Step):
             if entry.grade is Grade.OPAQUE:  # its client may have asked for its session before any other was made
                 await blocking(entry.close_session, update.machine)
         update.broker.aborted(update.id, update.reason)
+
+
+class Settle(Step):
+    """Drivers say which way instances go of which that could not be told before, and each is held to the least that is demanded
+    (`Settings.require`): nothing is preserved yet."""
+
+    name, phase = "settle", State.PREPARING
+
+    def __init__(self, update: Update) -> None:
+        super().__init__(update)
+        self._declared: dict[Entry, Declaration] = {}
+
+    def describe(self) -> str:
+        names = _names(e for e in self.update.entries if e.declaration.unsettled)
+        return f"find out what this kernel preserves of {names or 'nothing'}"
+
+    async def apply(self) -> None:
+        unsettled = [e for e in self.update.entries if e.declaration.unsettled]  # what is required comes first
+        for entry in unsettled:
+            if entry in self.update.left_behind:
+                continue
+            try:
+                async with asyncio.timeout(self.update.settings.preparing):
+                    await self._one(entry)
+            except TimeoutError:
+                late = DeadlinePassed(f"which way it goes was not settled within {self.update.settings.preparing:g} s")
+                await self.update.instance_failed(entry, late)
+            except KhodError as error:
+                await self.update.instance_failed(entry, error)
+
+    async def _one(self, entry: Entry) -> None:
+        update, declared, wanted = self.update, entry.declaration, Continuity(self.update.settings.require)
+        assert entry.driver is not None
+        settled = await entry.driver.settle(entry.view(update.machine, update.entries), declared)
+        if not settled.continuity.meets(wanted):
+            raise Refused(
+                f"it will be {settled.continuity}, and `require` is {wanted}",
+                hint="this kernel does not preserve it: unregister it, or lower `require`",
+            )
+        self._declared[entry] = declared
+        self._declare(entry, settled)
+        update.say("instance", f"will be {settled.continuity} ({settled.strategy})", instance=entry.label)
+
+    @staticmethod
+    def _declare(entry: Entry, declaration: Declaration) -> None:
+        entry.declaration, entry.properties = declaration, dict(declaration.properties)
+
+    async def undo(self) -> None:
+        while self._declared:
+            self._declare(*self._declared.popitem())
 
 
 class OpenSessions(Step):
@@ -298,6 +349,7 @@ class Execute(Step):
 
 STEPS: tuple[type[Step], ...] = (
     Announce,
+    Settle,
     OpenSessions,
     PreserveInstances,
     PreserveBookkeeping,

@@ -52,6 +52,16 @@ def khod_check(instance: Instance) -> Sequence[str]:  # type: ignore[empty-body]
 
 
 @hookspec
+def khod_settle(instance: Instance, declared: Declaration) -> Declaration | None:
+    """Which way an instance goes, native or carried, where that cannot be told before (`Declaration.unsettled`): what is
+    declared for this update alone, no more states and no less continuity than `declared`. None: `declared` as it stands.
+
+    When: as the first thing of an update, the workload running and nothing preserved; what it requires is settled. May try to
+    preserve (`khod.plugin.probing`), and leaves nothing preserved. Raising fails the instance: so does a device that is busy.
+    """
+
+
+@hookspec
 def khod_prepare(instance: Instance) -> Mapping[str, bytes] | None:
     """Get ready while the workload runs, before the descriptors are preserved; instances it requires are prepared.
 

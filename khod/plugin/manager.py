@@ -16,7 +16,7 @@ from typing import Any
 import pluggy
 
 from khod.core.blocking import uninterrupted
-from khod.core.driver import Declaration, Driver, Instance, Probe, Request, check_declaration
+from khod.core.driver import Declaration, Driver, Instance, Probe, Request, check_declaration, check_settled
 from khod.core.ports import Machine
 from khod.errors import InvalidRequest, KhodError
 from khod.plugin import hookspecs
@@ -66,6 +66,14 @@ class PluginDriver:
     async def check(self, instance: Instance) -> Sequence[str]:
         """See hookspecs.khod_check."""
         return await self._call("khod_check", Sequence, instance=instance) or ()
+
+    async def settle(self, instance: Instance, declared: Declaration) -> Declaration:
+        """See hookspecs.khod_settle."""
+        settled: Declaration | None = await self._call("khod_settle", Declaration, instance=instance, declared=declared)
+        if settled is None:
+            return declared
+        check_settled(instance, declared, settled)
+        return settled
 
     async def prepare(self, instance: Instance) -> Mapping[str, bytes]:
         """See hookspecs.khod_prepare."""

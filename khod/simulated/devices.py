@@ -125,6 +125,18 @@ class VfioDevice(Inode):
         self.state = MigrationState.RUNNING
         self.data: MigrationData | None = None
 
+    def builds_on(self) -> Inode | None:
+        """The iommufd that it is bound to."""
+        return self.iommufd.inode if self.iommufd is not None else None
+
+    def inside(self, place: Callable[[OpenFile], tuple[str, int]]) -> str:
+        """Which device, and what its DMA goes through, for a kernel that preserves such devices."""
+        assert self.iommufd is not None
+        assert isinstance(self.iommufd.inode, Iommufd)
+        spaces = self.iommufd.inode.spaces.items()
+        number = next((number for number, space in spaces if space is self.ioas), 0)
+        return json.dumps([self.card.address, *place(self.iommufd), number, self.state])
+
     def target(self, iova: int, length: int) -> tuple[Shmem, int] | None:
         """The memory behind an IOVA."""
         for mapping, file in self.ioas.mapped.values() if self.ioas else ():
@@ -183,7 +195,9 @@ class DeviceCalls:
             card.driver = card.driven_by
 
     def revive(self, record: FileRecord) -> Inode:
-        """A file without frames that the previous kernel preserved; the memory that it maps is retrieved already."""
+        """A file without frames that the previous kernel preserved; what it builds on is retrieved already."""
+        if record.kind == "vfio" and record.inside:
+            return self._revive_device(*json.loads(record.inside))
         if record.kind != "iommufd" or not record.inside:
             return Inode(record.kind, record.size)
         iommufd = Iommufd()
@@ -194,10 +208,23 @@ class DeviceCalls:
                 space.mapped[mapping.iova] = (mapping, self._luo.retrieved(session, token).get())
         return iommufd
 
+    def _revive_device(self, address: str, session: str, token: int, ioas: int, state: int) -> VfioDevice:
+        card = self._card(address)
+        self._to_vfio(card)
+        device = VfioDevice(card)
+        device.iommufd, device.state, card.file = self._luo.retrieved(session, token).get(), MigrationState(state), device
+        assert isinstance(device.iommufd.inode, Iommufd)
+        if ioas:
+            device.ioas = device.iommufd.inode.spaces[ioas]
+            device.ioas.cards.append(card)
+        return device
+
     def jump(self) -> None:
-        """pci_device_shutdown() of each: no bus mastering any more. What they hold, they hold by themselves."""
+        """pci_device_shutdown() of each that is not preserved: no bus mastering any more. What they hold, they hold by
+        themselves."""
         for card in self.cards.values():
-            card.command &= ~PCI_COMMAND_MASTER
+            if card.file is None or not card.file.frozen:
+                card.command &= ~PCI_COMMAND_MASTER
         kept = {card.address: (card.config.hex(), card.registers) for card in self.cards.values()}
         if kept:
             (self._directory / REGISTERS_FILE).write_text(json.dumps(kept))
@@ -307,9 +334,13 @@ class DeviceCalls:
 
     def override(self, task: Task, address: str) -> None:
         """driver_override and drivers_probe."""
-        card = self._card(address)
+        self._to_vfio(self._card(address))
+
+    @staticmethod
+    def _to_vfio(card: Card) -> None:
+        """Bind it to vfio-pci. EBUSY where another has it."""
         if card.driver not in ("", VFIO):
-            raise _bad(errno.EBUSY, f"{address} is driven by {card.driver}")
+            raise _bad(errno.EBUSY, f"{card.address} is driven by {card.driver}")
         card.driver = VFIO
 
     # VFIO.

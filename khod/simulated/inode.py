@@ -46,6 +46,10 @@ class Inode:
         """What there is to be preserved besides frames; `place` tells session and token of another file."""
         return ""
 
+    def builds_on(self) -> Inode | None:
+        """The file that has to be preserved before it, if there is one."""
+        return None
+
     def free(self) -> None:
         """The last open file is gone."""
 

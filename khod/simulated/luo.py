@@ -229,6 +229,8 @@ class LiveUpdate:
             raise OSError(errno.ENOENT, f"no handler takes a {inode.kind}")
         if inode.frozen or inode in self.held:
             raise OSError(errno.EBUSY, "preserved already, or not finished yet")
+        if (below := inode.builds_on()) is not None and not below.frozen:
+            raise OSError(errno.EINVAL, f"a {inode.kind} is preserved after its {below.kind}")
         if not isinstance(inode, Shmem):
             inode.frozen = True
             return Preserved(file.get(), inode, 0, 0, [])

@@ -8,13 +8,14 @@ import errno
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from khod.core.driver import Continuity, Strategy
 from khod.core.state import State
-from khod.errors import Refused, UpdateFailed
-from khod.plugin import Declaration, Instance, Request, StateBound, hookimpl
+from khod.errors import DeviceBusy, KhodError, Refused, UpdateFailed
+from khod.plugin import Declaration, Instance, Preserve, Request, StateBound, hookimpl
 from khod.simulated import ProcessDied
 from tests.orchestration.world import ME, MIB, QUICK, World
 
@@ -70,6 +71,163 @@ class Carrier:
         files.write(fd, 0, files.read(instance.states["copy"].fd, 0, SIZE))
         self.made += 1
         return {"memory": fd}
+
+
+class Settling(Carrier):
+    """Learns in preparing whether the kernel takes its file."""
+
+    def __init__(self, takes: bool) -> None:
+        super().__init__()
+        self.takes = takes
+        self.fails: KhodError | None = None
+        self.seen: list[int] = []
+
+    @hookimpl
+    def khod_declare(self, request: Request) -> Declaration:
+        return replace(super().khod_declare(request), unsettled=True)
+
+    @hookimpl
+    def khod_settle(self, instance: Instance, declared: Declaration) -> Declaration | None:
+        self.log.append("settle")
+        if self.fails:
+            raise self.fails
+        if not self.takes:
+            return None
+        (fd,) = instance.fds.values()
+        kept = (Preserve("memory", fd),)
+        return replace(declared, fds=kept, states=(), made=(), strategy=Strategy.NATIVE, continuity=Continuity.PRESERVED)
+
+    @hookimpl
+    def khod_freeze(self, instance: Instance) -> Mapping[str, bytes]:
+        return super().khod_freeze(instance) if instance.states else {}
+
+    @hookimpl
+    def khod_restore(self, instance: Instance) -> Mapping[str, int]:
+        return {} if instance.fds else super().khod_restore(instance)
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_strategy_can_be_settled_when_the_update_begins_and_anew_in_each(world: World, takes: bool) -> None:
+    async def scenario() -> None:
+        driver = Settling(takes)
+        await carried(world, driver)
+        (view,) = await world.host.instances()
+        assert (view.strategy, view.continuity) == ("carried", "rebuilt"), "the least, before anybody has tried"
+        host = await world.jump()
+        (view,) = await host.instances()
+        assert view.state == "restored", view.problem
+        assert (view.strategy, view.continuity) == (("native", "preserved") if takes else ("carried", "rebuilt"))
+        assert driver.made == (0 if takes else 1)
+        world.kill(world.process)
+        host = await world.khod()
+        (view,) = await host.instances()
+        assert view.continuity == ("preserved" if takes else "rebuilt"), "a restart of khod forgets nothing of it"
+        driver.takes = not takes
+        await host.finish()
+        await world.jump()
+        assert driver.made == 1
+        process, mine = await world.claimed("vm-1")
+        assert world.intact(mine, process=process)
+
+    asyncio.run(scenario())
+
+
+def test_what_an_update_settled_is_undone_with_it(world: World) -> None:
+    async def scenario() -> None:
+        driver = Settling(True)
+        await carried(world, driver)
+        declared = world.entry("vm-1").declaration
+        task = await world.held(State.FROZEN)
+        assert world.entry("vm-1").declaration.strategy is Strategy.NATIVE
+        await world.host.abort()
+        await asyncio.wait([task])
+        assert world.entry("vm-1").declaration is declared
+        driver.takes = False
+        await world.jump()
+        assert driver.made == 1
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_continuity_that_only_preparing_can_tell_is_demanded_before_anything_is_preserved(
+    tmp_path: Path, takes: bool
+) -> None:
+    async def scenario() -> None:
+        driver = Settling(takes)
+        world = World(tmp_path, settings=replace(QUICK, require=Continuity.PRESERVED))
+        await carried(world, driver)
+        view = await world.host.preflight(str(world.image))
+        (check,) = [c for c in view.checks if c.name == "continuity:vm-1"]
+        assert (check.verdict, check.evidence) == ("warning", "vm-1 will at least be rebuilt, and `require` is preserved")
+        if takes:
+            assert (await world.jump()).state is State.RESTORED
+            return
+        with (
+            world.kernel.faults.recorded(world.process.pid) as calls,
+            pytest.raises(UpdateFailed, match=r"instance vm-1: it will be rebuilt, and `require` is preserved"),
+        ):
+            await world.update()
+        assert driver.log == ["settle"]
+        assert not {"create_session", "preserve_fd"} & set(calls)
+        assert world.host.state is State.ABORTED
+
+    asyncio.run(scenario())
+
+
+def test_who_cannot_tell_now_fails_an_update_that_has_touched_nothing(world: World) -> None:
+    async def scenario() -> None:
+        driver = Settling(True)
+        await carried(world, driver)
+        driver.fails = DeviceBusy("somebody has /dev/liveupdate open", hint="try again")
+        with pytest.raises(UpdateFailed, match="instance vm-1: somebody has /dev/liveupdate open"):
+            await world.update()
+        assert driver.log == ["settle"]
+        driver.fails = None
+        assert (await world.jump()).state is State.RESTORED
+
+    asyncio.run(scenario())
+
+
+def test_an_optional_instance_that_cannot_be_given_what_is_required_stays_behind(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, settings=replace(QUICK, require=Continuity.PRESERVED))
+        world.plugins = [Settling(False)]
+        await world.khod()
+        await world.register("cache", world.memory(SIZE), "carrier", required=False)
+        await world.register("vm-1", world.memory())
+        host = await world.jump()
+        assert [view.name for view in await host.instances()] == ["vm-1"]
+        (left,) = (await host.history())[0].left_behind
+        assert "it will be rebuilt" in left
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"states": (StateBound("copy", 2 * SIZE, bulk=True),)}, "settles states"),
+        ({"continuity": Continuity.RESET}, "settles less than it had declared: reset"),
+        ({"requires": ("other",)}, "other dependencies"),
+        ({"made": ()}, "neither preserved nor made anew"),
+    ],
+    ids=["more memory", "less continuity", "other needs", "less than all"],
+)
+def test_a_driver_settles_for_nothing_that_it_had_not_declared(world: World, changed: dict[str, Any], says: str) -> None:
+    class Greedy(Settling):
+        @hookimpl
+        def khod_settle(self, instance: Instance, declared: Declaration) -> Declaration | None:
+            return replace(declared, **changed)
+
+    async def scenario() -> None:
+        driver = Greedy(True)
+        await carried(world, driver)
+        with pytest.raises(UpdateFailed, match=says):
+            await world.update()
+        assert driver.log == []
+
+    asyncio.run(scenario())
 
 
 async def carried(world: World, carrier: Carrier) -> int:

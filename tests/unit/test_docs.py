@@ -43,7 +43,7 @@ def test_every_hook_is_documented_with_its_arguments() -> None:
         for name, value in vars(hookspecs).items()
         if name.startswith("khod_")
     ]
-    assert len(hooks) == 10
+    assert len(hooks) == 11
     assert re.findall(r"^### (khod_.*)$", (DOCS / "plugins.md").read_text(), re.M) == hooks
 
 

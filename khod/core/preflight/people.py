@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from khod.core.driver import Continuity
 from khod.core.preflight.situation import Instance, Situation
 from khod.core.preflight.verdict import Check, blocker, ok, warning
 
@@ -27,14 +28,24 @@ def checks(seen: Situation) -> Iterator[Check]:
         if instance.deserted:
             yield _deserted(instance)
         if not instance.continuity.meets(seen.require):
-            evidence = f"{instance.label} will be {instance.continuity}, and `require` is {seen.require}"
-            yield blocker(f"continuity:{instance.label}", evidence, "register it otherwise, or lower `require`")
+            yield _continuity(instance, seen.require)
     for unit, command in seen.stops.items():
         # Decision 17: it would be stopped while what it holds travels.
         evidence = f"{unit} runs {command!r} when systemd stops the host for a jump, and an instance is its"
         yield warning(f"stops:{unit}", evidence, "have it leave the guest alone, or jump directly, which stops no unit")
     well = len(seen.instances) - len(objecting)
     yield ok("instances", f"{well} of {len(seen.instances)} instances have nothing against it")
+
+
+def _continuity(instance: Instance, require: Continuity) -> Check:
+    name = f"continuity:{instance.label}"
+    if not instance.unsettled:
+        evidence = f"{instance.label} will be {instance.continuity}, and `require` is {require}"
+        return blocker(name, evidence, "register it otherwise, or lower `require`")
+    evidence = f"{instance.label} will at least be {instance.continuity}, and `require` is {require}"
+    return warning(
+        name, evidence, "what this kernel preserves of it is tried first; an update that cannot give it is refused then"
+    )
 
 
 def _deserted(instance: Instance) -> Check:

@@ -66,6 +66,8 @@ class Instance:
     """Its client has to answer, and is not there."""
     continuity: Continuity = Continuity.PRESERVED
     """What an update gives it."""
+    unsettled: bool = False
+    """That is the least: what it is will be settled in preparing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +167,7 @@ class Surveyor:
             required=entry.required,
             deserted=deserted,
             continuity=entry.declaration.continuity,
+            unsettled=entry.declaration.unsettled,
         )
 
     async def _objections(self, entry: Entry, entries: Sequence[Entry]) -> list[str]:

@@ -21,6 +21,7 @@ from khod.core.carrying import Crew, figure
 from khod.core.ports import Machine
 from khod.errors import FormatError, OutOfMemory, UpdateFailed
 from khod.plugin import Continuity, Declaration, Instance, Preserve, Request, StateBound, Strategy, hookimpl
+from khod.plugin.probing import learned
 from khod_guestmemfd import properties
 from khod_guestmemfd.accepting import Options, accept, refusal
 from khod_guestmemfd.properties import Memory, carrier
@@ -141,6 +142,8 @@ def _restore(instance: Instance, crew: Crew) -> Mapping[str, int]:
     try:
         for memory in properties.decode(instance):
             fd = _retrieved(instance, memory)
+            if not memory.carried:
+                learned(instance.machine, memory.kind)
             size = files.stat(fd).size
             if (memory.carried and size < memory.size) or (not memory.carried and size != memory.size):
                 raise FormatError(f"{instance.name}: memfd {memory.name!r} came back with {size} bytes, it had {memory.size}")

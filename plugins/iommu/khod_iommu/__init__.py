@@ -10,6 +10,7 @@ names, which this one therefore requires.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from khod.abi import cells, ioas_table
 from khod.abi.ioas_table import Table
@@ -46,16 +47,32 @@ def khod_declare(machine: Machine, request: Request) -> Declaration:
         table, _ = read_head(machine.files, fd)
     except FormatError as error:
         raise Refused(f"{request.name}: {error.message}", hint=error.hint)
-    native = probing.native(machine, lambda: machine.files.specimen("iommufd"))
     return Declaration(
         compatible=COMPATIBLE,
-        fds=(Preserve(TABLE, fd), *([Preserve(IOMMUFD, request.fds[IOMMUFD], folios=False)] if native else [])),
+        fds=(Preserve(TABLE, fd),),
         properties={"mappings": cells.u64(0), "mapped-bytes": cells.u64(0)},
         requires=tuple(dict.fromkeys(instance for instance, _ in table.files)),
         size=machine.files.stat(fd).size,
-        made=() if native else (IOMMUFD,),
-        strategy=Strategy.NATIVE if native else Strategy.CARRIED,
-        continuity=Continuity.PRESERVED if native else Continuity.REBUILT,
+        made=(IOMMUFD,),
+        strategy=Strategy.CARRIED,
+        continuity=Continuity.REBUILT,
+        unsettled=True,
+    )
+
+
+@hookimpl
+def khod_settle(instance: Instance, declared: Declaration) -> Declaration | None:
+    """As it is where the kernel preserves iommufds, and everything that is mapped comes through as it is: what is mapped
+    otherwise is not there any more."""
+    machine = instance.machine
+    if instance.anew or not probing.native(machine, lambda: machine.files.specimen("iommufd")):
+        return None
+    return replace(
+        declared,
+        fds=(*declared.fds, Preserve(IOMMUFD, instance.fds[IOMMUFD], folios=False)),
+        made=(),
+        strategy=Strategy.NATIVE,
+        continuity=Continuity.PRESERVED,
     )
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The driver for VFIO devices: a PCI device that a VMM drives through a descriptor of its own, bound to an iommufd.
 
-An instance is the descriptor of one device; it requires the `iommu` instance that its DMA goes through. The kernel lets go of
-the device at the jump. What khod carries is its configuration space and, where its driver in the kernel offers migration, its
-state; in the new kernel it is found at the same address, has to be the same device, and is bound and attached again.
+An instance is the descriptor of one device; it requires the `iommu` instance that its DMA goes through. Where the kernel
+preserves it, which is tried on the device itself, it stays bound and attached, and khod stops its DMA for the time between.
+Where it does not, the kernel lets go of the device at the jump. What khod carries is its configuration space and, where its
+driver in the kernel offers migration, its state; in the new kernel it is found at the same address, has to be the same device,
+and is bound and attached again.
 
 Interrupts need no undoing: with bus mastering off there is no message, and a bit of the same register holds back INTx. What
 triggers which eventfd stays as it was for a client that goes on, and is gone with its process for one that jumps.
@@ -12,6 +14,7 @@ triggers which eventfd stays as it was for a client that goes on, and is gone wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from khod.abi import cells, ioas_table
 from khod.abi.vfio import PCI_COMMAND, PCI_COMMAND_INTX_DISABLE, PCI_COMMAND_MASTER, MigrationState
@@ -19,7 +22,7 @@ from khod.core.devices import Neighbour, PciDevice
 from khod.core.driver import Continuity, Strategy
 from khod.core.ports import Machine
 from khod.errors import DeviceUnusable, FormatError, InvalidRequest, Refused, UpdateFailed
-from khod.plugin import Declaration, Instance, Request, StateBound, hookimpl
+from khod.plugin import Declaration, Instance, Preserve, Request, StateBound, hookimpl, probing
 from khod_vfio.config import writable
 
 COMPATIBLE = "khod,vfio-v1"
@@ -67,11 +70,30 @@ def khod_declare(machine: Machine, request: Request) -> Declaration:
             "address": cells.string(address),
             "identity": cells.u32s(device.identity),
             "resets": cells.u32(device.resets),
+            "command": cells.u32(0),
         },
         size=sum(state.size for state in states),
         made=(DEVICE,),
         strategy=Strategy.CARRIED,
         continuity=Continuity.RESET if size is None else Continuity.REBUILT,
+        unsettled=True,
+    )
+
+
+@hookimpl
+def khod_settle(instance: Instance, declared: Declaration) -> Declaration | None:
+    """As it is where the kernel preserves this very device, on the iommufd that it is bound to."""
+    name, fd = iommu(instance), instance.fds[DEVICE]
+    if name in instance.anew or not probing.takes(instance.machine, [instance.required[name][IOMMUFD], fd]):
+        return None
+    return replace(
+        declared,
+        fds=(Preserve(DEVICE, fd, folios=False),),
+        states=(),
+        made=(),
+        size=0,
+        strategy=Strategy.NATIVE,
+        continuity=Continuity.PRESERVED,
     )
 
 
@@ -113,9 +135,9 @@ def _named(identity: Sequence[int]) -> str:
     return f"{vendor:04x}:{device:04x} ({subsystem_vendor:04x}:{subsystem:04x}) revision {revision:#x}"
 
 
-def iommu(instance: Instance) -> Mapping[str, int]:
-    """The descriptors of the iommu instance that it requires. Raises DeviceUnusable."""
-    found = [fds for fds in instance.required.values() if IOMMUFD in fds and TABLE in fds]
+def iommu(instance: Instance) -> str:
+    """The name of the iommu instance that it requires. Raises DeviceUnusable."""
+    found = [name for name, fds in instance.required.items() if IOMMUFD in fds and TABLE in fds]
     if len(found) != 1:
         raise DeviceUnusable(
             f"{instance.name}: requires {len(found)} iommu instances, and its DMA goes through one",
@@ -143,15 +165,21 @@ def khod_prepare(instance: Instance) -> Mapping[str, bytes]:
 
 
 @hookimpl
-def khod_freeze(instance: Instance) -> None:
-    """Save it, and stop its DMA: what it requires is frozen after it."""
+def khod_freeze(instance: Instance) -> Mapping[str, bytes]:
+    """Save what the kernel does not preserve of it, and stop its DMA: what it requires is frozen after it."""
     devices, fd = instance.machine.devices, instance.fds[DEVICE]
     config = devices.read_config(fd, 0, CONFIG_SIZE)
-    instance.states["config"].write(config)
+    if "config" in instance.states:
+        instance.states["config"].write(config)
     if "migration" in instance.states:
         _save(instance, fd)
-    command = int.from_bytes(config[PCI_COMMAND : PCI_COMMAND + 2], "little")
+    command = _command_of(config)
     _command(instance, fd, command & ~PCI_COMMAND_MASTER | PCI_COMMAND_INTX_DISABLE)
+    return {"command": cells.u32(command)}
+
+
+def _command_of(config: bytes) -> int:
+    return int.from_bytes(config[PCI_COMMAND : PCI_COMMAND + 2], "little")
 
 
 def _save(instance: Instance, fd: int) -> None:
@@ -203,9 +231,12 @@ def khod_describe(instance: Instance) -> Mapping[str, str]:
 
 @hookimpl
 def khod_restore(instance: Instance) -> Mapping[str, int]:
-    """The same device, bound and attached again. That it may do DMA comes last."""
+    """The same device, bound and attached again, or as it came. That it may do DMA comes last."""
     machine = instance.machine
-    device, fds = find(instance), iommu(instance)
+    device, fds = find(instance), instance.required[iommu(instance)]
+    if DEVICE in instance.fds:
+        _came(instance, device)
+        return {}
     config = instance.states["config"].read()
     if len(config) < 64:
         raise FormatError(f"{instance.name}: {len(config)} bytes of its configuration space were saved")
@@ -215,7 +246,7 @@ def khod_restore(instance: Instance) -> Mapping[str, int]:
     try:
         machine.devices.bind(fd, fds[IOMMUFD])
         machine.devices.attach(fd, ioas)
-        command = int.from_bytes(config[PCI_COMMAND : PCI_COMMAND + 2], "little")
+        command = _command_of(config)
         _command(instance, fd, command & ~PCI_COMMAND_MASTER)
         for offset, data in writable(config):
             machine.devices.write_config(fd, offset, data)
@@ -228,6 +259,14 @@ def khod_restore(instance: Instance) -> Mapping[str, int]:
         machine.files.close(fd)
         raise
     return {DEVICE: fd}
+
+
+def _came(instance: Instance, device: PciDevice) -> None:
+    """The kernel preserved it: all that was changed in freeze is set back. Raises FormatError for a descriptor of another."""
+    fd = instance.fds[DEVICE]
+    if (address := instance.machine.devices.address(fd)) != device.address:
+        raise FormatError(f"{instance.name}: what came through is the device at {address}, it was that at {device.address}")
+    _command(instance, fd, cells.as_u32(instance, "command"))
 
 
 def _ioas(instance: Instance, device: PciDevice, table: int) -> int:
