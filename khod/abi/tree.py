@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -108,30 +108,6 @@ def decode(data: bytes) -> HandoverTree:
     tree = _typed(fdt_door.unflatten(blob))
     _check(tree)
     return tree
-
-
-def encoded_size_bound(instances: Iterable[Mapping[str, int]]) -> int:
-    """Bytes that `encode` needs at most, before any value is known: the tree's memfd cannot grow once it is preserved.
-
-    Each instance is its properties' names and the most bytes that each value may take, ``compatible`` and ``khod,name`` apart:
-    8 for a u64, the UTF-8 bytes and a NUL for every string.
-    """
-    own = dict.fromkeys(_OWN, MAX_STRING + 1)
-    names = {*_ROOT_PROPERTIES, *_OWN}
-    total = _node_bound(1, dict.fromkeys(_ROOT_PROPERTIES, MAX_STRING + 1))
-    for properties in instances:
-        names.update(properties)
-        total += _node_bound(len(f"instance@{MAX_UNIT:x}") + 1, {**own, **properties})
-    total += fdt_door.HEADER_SIZE + fdt_door.RESERVATIONS_SIZE + 4  # … and the tag that ends the structure block
-    return total + sum(len(name) + 1 for name in names) + _DIGEST_SIZE
-
-
-def _node_bound(name: int, properties: Mapping[str, int]) -> int:
-    return 4 + _padded(name) + sum(12 + _padded(size) for size in properties.values()) + 4
-
-
-def _padded(size: int) -> int:
-    return (size + 3) & ~3
 
 
 def raw_tree(tree: HandoverTree) -> RawNode:

@@ -16,7 +16,7 @@ from khod.api.wire import INTERFACE, list_of, optional, wire_type
 from khod.core.callers import Caller, Lifetime
 from khod.core.driver import StateBound
 from khod.core.service import Registration, Service
-from khod.core.state import State
+from khod.core.state import HOLDABLE, State
 from khod.core.views import (
     EventView,
     ImageView,
@@ -384,7 +384,6 @@ def _names(names: list[str] | None) -> list[str]:
 def _holdable(name: str | None) -> State | None:
     if name is None:
         return None
-    holdable = [state for state in State if state.holdable]
-    if name not in holdable:
-        raise InvalidRequest(f"{name!r} is no state to hold at", hint="one of " + ", ".join(holdable))
+    if name not in HOLDABLE:
+        raise InvalidRequest(f"{name!r} is no state to hold at", hint=f"one of {', '.join(HOLDABLE)}")
     return State(name)

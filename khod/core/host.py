@@ -327,7 +327,7 @@ class Host:
         """See Service."""
         if jump not in ("", "direct", "systemd"):
             raise InvalidRequest(f"no way to jump is called {jump!r}", hint="direct or systemd")
-        if hold_at is not None and not hold_at.holdable:
+        if hold_at is not None and hold_at not in HOLDABLE:
             raise InvalidRequest(f"cannot hold at {hold_at}", hint=f"one of {', '.join(HOLDABLE)}")
         await self.verified()
         async with self._lock:

@@ -25,13 +25,9 @@ class Phase(StrEnum):
     RESTORED = "restored"
     ABORTED = "aborted"
 
-    @property
-    def answered(self) -> bool:
-        """Whether it wants READY or FAILED."""
-        return self in ANSWERED
-
 
 ANSWERED = (Phase.PREPARING, Phase.QUIESCE, Phase.COMMIT)
+"""Those that want READY or FAILED."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

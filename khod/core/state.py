@@ -43,17 +43,13 @@ class State(StrEnum):
         return self in _OUTGOING
 
     @property
-    def holdable(self) -> bool:
-        """``--hold-at`` may name it."""
-        return self in HOLDABLE
-
-    @property
     def resting(self) -> bool:
         """Nothing is under way; an update may start from here if nothing else forbids it."""
         return self in _RESTING
 
 
 HOLDABLE = (State.PREPARING, State.PREPARED, State.FREEZING, State.FROZEN)
+"""``--hold-at`` may name these."""
 _OUTGOING = frozenset({State.PREPARING, State.PREPARED, State.FREEZING, State.FROZEN, State.EXECUTING, State.ABORTING})
 _RESTING = frozenset({State.IDLE, State.ABORTED, State.RESTORED, State.LOST})
 

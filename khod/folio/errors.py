@@ -11,8 +11,8 @@
         ├── InScratch             │   ├── ElementCount, OrdersNotAscending, OrderTooHigh
         ├── AlreadyTracked        │   ├── StartUnaligned, StartBeyondTop, ElementsNotAscending
         ├── Overlaps              │   └── FolioBeyondTop, FolioNotRam, FolioInScratch, FolioOverlap
-        ├── NotTracked            ├── DigestMismatch, PagesWithoutMap
-        ├── EmptyRange            └── MapWithoutInstances, InstancesWithoutMap
+        ├── NotTracked            └── DigestMismatch, PagesWithoutMap
+        ├── EmptyRange
         ├── Finalized
         │   └── AlreadySerialized
         └── TooFewFrames, UnusableFrame
@@ -283,17 +283,3 @@ class PagesWithoutMap(MapError):
 
     def __init__(self, pages: int) -> None:
         super().__init__(f"folio map: its address is none, yet it is said to occupy {pages} pages")
-
-
-class MapWithoutInstances(MapError):
-    """Folios that nobody owns. The caller knows the tree, and raises this."""
-
-    def __init__(self, address: int) -> None:
-        super().__init__(f"folio map at {address:#x}: the tree has no instance")
-
-
-class InstancesWithoutMap(MapError):
-    """Owners without folios. The caller knows the tree, and raises this."""
-
-    def __init__(self, instances: int) -> None:
-        super().__init__(f"folio map: none, yet the tree has {instances} instances")

@@ -239,7 +239,7 @@ class Kernel:
             *(host.memory_read, host.ram, host.scratch, host.figures, host.stamp, host.boot),
             *(host.store_read, host.store_append, host.store_cut, host.sync),
             *(kexec.load, kexec.load_old, kexec.unload, kexec.loaded, kexec.command_line, kexec.facts, kexec.lock_down),
-            *(self._preserve_fd, self._execute, self._listing, self._kill, self._inject, self._limit_memory),
+            *(self._preserve_fd, self._execute, self._listing, self._kill, self._inject),
             *self.devices.calls(),
             *(self._manager_present, self._manager_doubt, self._manager_inhibit, self._manager_kexec),
         )
@@ -271,10 +271,6 @@ class Kernel:
     def _inject(self, task: Task, call: str, fields: dict[str, Any]) -> None:
         """Plan a fault from outside the kernel's process (`khod.simulated.faults.Fault`)."""
         self.faults.add(Fault(call, fields.pop("nth", 1), **fields))
-
-    def _limit_memory(self, task: Task, limit: int | None) -> None:
-        """memory.max of the caller's control group."""
-        task.cgroup.memory_max = limit
 
     # systemd's.
 

@@ -126,10 +126,6 @@ class Process:
         """Set the kernel's lockdown: 'integrity', 'confidentiality'."""
         self.call("lock_down", level)
 
-    def limit_memory(self, limit: int | None) -> None:
-        """memory.max of this process."""
-        self.call("limit_memory", limit)
-
     def limit_custody(self, *, memory: int | None = None, descriptors: int = 1 << 19) -> None:
         """memory.max and LimitNOFILE= of the custodian's unit."""
         self.call("limit_custody", memory, descriptors)

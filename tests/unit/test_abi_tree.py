@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from khod.abi import cells, fdt_door
 from khod.abi.fdt_door import RawNode
-from khod.abi.tree import COMPATIBLE, MAX_STRING, HandoverTree, InstanceNode, decode, encode, encoded_size_bound
+from khod.abi.tree import COMPATIBLE, MAX_STRING, HandoverTree, InstanceNode, decode, encode
 from khod.abi.tree_source import to_source
 from khod.errors import TreeError
 
@@ -93,26 +93,6 @@ def trees(draw: st.DrawFn) -> HandoverTree:
 @given(trees(), st.binary(max_size=50))
 def test_round_trip_whatever_follows(tree: HandoverTree, after: bytes) -> None:
     assert decode(encode(tree) + after) == tree
-
-
-@quick
-@given(trees())
-def test_the_bound_is_never_exceeded(tree: HandoverTree) -> None:
-    sizes = [{name: len(value) for name, value in node.properties.items()} for node in tree.instances]
-    assert len(encode(tree)) <= encoded_size_bound(sizes)
-
-
-def test_the_bound_knows_of_padding() -> None:
-    properties = {f"p{n}": b"x" for n in range(250)}
-    nodes = tuple(InstanceNode(unit=n, name="n", compatible="c", properties=properties) for n in range(10))
-    tree = sample(3, instances=nodes)
-    assert len(encode(tree)) <= encoded_size_bound([dict.fromkeys(properties, 1)] * 10)
-
-
-def test_the_bound_is_not_wasteful() -> None:
-    tree = sample(300)
-    sizes = [{name: len(value) for name, value in node.properties.items()} for node in tree.instances]
-    assert encoded_size_bound(sizes) < 2 * len(encode(tree))
 
 
 def test_what_follows_the_blob_is_its_digest() -> None:

@@ -311,8 +311,6 @@ def test_what_the_tree_announces_is_checked() -> None:
     memory.pages[address] = memory.pages[address][:100]
     with pytest.raises(e.Unreadable, match="100 bytes of 4096"):
         read_both(memory, address, pages, sha256)
-    assert "no instance" in str(e.MapWithoutInstances(address))
-    assert "3 instances" in str(e.InstancesWithoutMap(3))
 
 
 @pytest.mark.parametrize(("order", "bit"), [(40, 1), (40, 4095), (41, 0), (41, 2048), (51, 0), (51, 4095)])
