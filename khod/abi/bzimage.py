@@ -14,6 +14,8 @@ from khod.errors import FormatError
 HEADER_SIZE = 0x20000
 """Bytes of the file's beginning that `parse` wants: boot sector and as many setup sectors as there can be (u8 setup_sects).
 The release text is anywhere in them."""
+ELFCOREHDR_ROOM = 30
+"""MAX_ELFCOREHDR_STR_LEN."""
 LOADED_HIGH = 1 << 0
 XLF_KERNEL_64 = 1 << 0
 XLF_CAN_BE_LOADED_ABOVE_4G = 1 << 1
@@ -48,7 +50,7 @@ class SetupHeader:
     """What the image says it is (``uname -r`` first, then who built it), '' when it does not."""
     xloadflags: int
     cmdline_size: int
-    """The longest command line in bytes, without its NUL."""
+    """The longest command line in bytes, without its NUL: for any loader."""
     init_size: int
     """Bytes of contiguous memory that the kernel needs to unpack itself."""
     alignment: int = 0
@@ -65,6 +67,12 @@ class SetupHeader:
     def version(self) -> str:
         """``uname -r`` of the kernel in it; '' when it does not say."""
         return self.release.split(" ")[0]
+
+    @property
+    def longest_command_line(self) -> int:
+        """Bytes of the longest command line that kexec_file_load takes with it: the kernel counts the NUL, and keeps room for
+        ``elfcorehdr=`` whether it needs that or not (arch/x86/kernel/kexec-bzimage64.c, bzImage64_load)."""
+        return max(0, self.cmdline_size - ELFCOREHDR_ROOM - 1)
 
     @property
     def objection(self) -> str:

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from khod.abi.bzimage import SetupHeader
+from khod.abi.bzimage import ELFCOREHDR_ROOM, SetupHeader
 from khod.folio.units import PAGE_SIZE, Range
 
-ELFCOREHDR_ROOM = 30
-"""Bytes of the longest command line that the loader keeps for ``elfcorehdr=``, whether it needs them or not."""
 BOOT_PARAMS = 4096
 """sizeof(struct boot_params): the command line follows it."""
 EXTRAS = 4096

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from khod.abi import bzimage
 from khod.core.ports import Image
-from khod.core.refusals import MAX_CMDLINE, command_line
+from khod.core.refusals import command_line
 from khod.errors import FormatError, InvalidRequest, NotAKernel, Refused
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _check(path: str, fd: int, cmdline: str) -> None:
         raise NotAKernel(f"{path}: {error}")
     if header.objection:
         raise NotAKernel(f"{path}: {header.objection}")
-    command_line(cmdline, min(MAX_CMDLINE, header.cmdline_size))
+    command_line(cmdline, header.longest_command_line)
 
 
 def _digest(fds: list[int]) -> tuple[str, int]:

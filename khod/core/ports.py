@@ -259,7 +259,7 @@ class Kexec(Protocol):
         """Open and check an image; loads nothing. `cmdline` None means that of the running kernel.
 
         Raises InvalidRequest for a path that cannot be read, NotAKernel for a file that is no kernel, ImageInvalid for a
-        command line longer than the kernel takes (2047 bytes) or with a NUL.
+        command line longer than the kernel takes with it (`khod.abi.bzimage`; 2016 bytes) or with a NUL.
         """
         ...
 

@@ -45,8 +45,6 @@ MAX_PRESERVED = 1 << 40
 """Files of this many bytes and more are refused by Linux 7.3: the list of their folios passes INT_MAX bytes (mm/util.c)."""
 MAX_SESSION_NAME = LIVEUPDATE_SESSION_NAME_LENGTH - 1
 """Bytes, without the NUL."""
-MAX_CMDLINE = 2047
-"""COMMAND_LINE_SIZE of x86 less the NUL; the header of an image may name less."""
 
 DEPOSIT_NAME = "[a-z0-9]{1,10}"
 
@@ -219,8 +217,8 @@ def deposit_name(name: str) -> str:
     return name
 
 
-def command_line(text: str, longest: int = MAX_CMDLINE) -> str:
-    """`text`, if a kernel that takes `longest` bytes takes it as its command line. Raises ImageInvalid."""
+def command_line(text: str, longest: int) -> str:
+    """`text`, if it can be the command line of an image that takes `longest` bytes. Raises ImageInvalid."""
     raw = text.encode("utf-8", "surrogateescape")
     if len(raw) > longest:
         raise errors.ImageInvalid(f"command line of {len(raw)} bytes: the kernel takes {longest}")

@@ -8,13 +8,14 @@ import struct
 from dataclasses import replace
 
 from khod.abi import bzimage, ikconfig, kernel_image
-from khod.core.refusals import MAX_CMDLINE
 from khod.errors import FormatError
 from khod.simulated.layout import Release
 
 _SETUP_SIZE = 0x400
 _RELEASE_AT = 0x300
 _PAYLOAD_OFFSET = 0x40
+_CMDLINE_SIZE = 2047
+"""COMMAND_LINE_SIZE of x86 less the NUL."""
 _OPERATIONS = 0xFFFFFFFF81A43D40
 """Where a file handler's struct says that its operations are; anything in the kernel will do."""
 
@@ -33,7 +34,7 @@ def build(release: Release | None = None) -> bytes:
     head[0x211] = bzimage.LOADED_HIGH
     struct.pack_into("<I", head, 0x230, 1 << 21)
     struct.pack_into("<H", head, 0x236, bzimage.XLF_KERNEL_64 | bzimage.XLF_CAN_BE_LOADED_ABOVE_4G)
-    struct.pack_into("<I", head, 0x238, MAX_CMDLINE)
+    struct.pack_into("<I", head, 0x238, _CMDLINE_SIZE)
     struct.pack_into("<II", head, 0x248, _PAYLOAD_OFFSET, len(payload))
     struct.pack_into("<I", head, 0x260, kernel.kernel_size)
     name = kernel.release.encode() + b"\0"

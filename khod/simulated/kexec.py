@@ -11,7 +11,6 @@ from typing import Any
 
 from khod.abi import bzimage
 from khod.abi.placement import place, segments
-from khod.core.refusals import MAX_CMDLINE
 from khod.errors import FormatError
 from khod.folio.units import Range
 from khod.simulated import image
@@ -54,15 +53,17 @@ class Kexec:
                 os.close(initrd)
 
     def _read(self, kernel: int, initrd: int, cmdline: str) -> Loaded:
-        if len(cmdline.encode("utf-8", "surrogateescape")) > MAX_CMDLINE:
-            raise OSError(errno.EINVAL, "command line too long")
         try:
             contents = os.pread(kernel, os.fstat(kernel).st_size, 0)
             found = image.identify(contents, self.running)
         except FormatError as error:
             raise OSError(errno.ENOEXEC, str(error))
+        header = bzimage.parse(contents[: bzimage.HEADER_SIZE])
+        length = len(cmdline.encode("utf-8", "surrogateescape"))
+        if length > header.longest_command_line:
+            raise OSError(errno.EINVAL, "command line too long")
         if self.carries:
-            self._place(bzimage.parse(contents[: bzimage.HEADER_SIZE]), len(cmdline), initrd)
+            self._place(header, length, initrd)
         return Loaded(found, cmdline, self.carries)
 
     def _place(self, header: bzimage.SetupHeader, cmdline: int, initrd: int) -> None:

@@ -92,6 +92,7 @@ def test_a_real_kernel() -> None:
         found = bzimage.parse(file.read(bzimage.HEADER_SIZE))
     assert found.objection == ""
     assert found.cmdline_size == 2047
+    assert found.longest_command_line == 2016
     said = subprocess.run(["file", "-L", KERNEL], capture_output=True, text=True, check=True).stdout
     told = re.search(r"bzImage, version (.*?), ", said)
     assert told and told[1] == found.release

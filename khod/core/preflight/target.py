@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from khod.abi.formats import KHO, LUO, MEMFD, Comparison, Match, Outcome, compare, compare_all
-from khod.abi.placement import ELFCOREHDR_ROOM
 from khod.core.preflight.running import OPTIONS
 from khod.core.preflight.situation import Situation, Target
 from khod.core.preflight.verdict import Check, blocker, ok, unknown, warning
@@ -112,8 +111,7 @@ def _options(target: Target) -> Check:
 
 
 def _length(target: Target) -> Check:
-    """kexec_file_load counts the NUL, and keeps room for elfcorehdr= (bzImage64_load)."""
-    longest = target.header.cmdline_size - ELFCOREHDR_ROOM - 1
+    longest = target.header.longest_command_line
     length = len(target.image.cmdline.encode("utf-8", "surrogateescape"))
     if length > longest:
         evidence = f"the target's command line has {length} bytes, and kexec_file_load takes {longest}"
