@@ -33,16 +33,8 @@ def test_trouble_before_an_update_is_told_and_refuses_it(boot: type[Host]) -> No
         host.run("khoctl", "load", KERNEL)
 
         host.run("systemctl", "stop", "khod.socket", "khod.service")
-        host.run(
-            "systemd-run",
-            "--quiet",
-            "--unit=squatter",
-            "systemd-socket-activate",
-            "--accept",
-            "-l",
-            "/run/khod/khod.sock",
-            "cat",
-        )
+        squatter = ("systemd-socket-activate", "--accept", "-l", "/run/khod/khod.sock", "cat")
+        host.run("systemd-run", "--quiet", "--unit=squatter", *squatter)
         host.run("sh", "-c", "until test -S /run/khod/khod.sock; do :; done")
         squatted = host.run("khod", status=None)
         assert squatted.status
@@ -62,9 +54,11 @@ def test_trouble_before_an_update_is_told_and_refuses_it(boot: type[Host]) -> No
         host.run("mount", "-o", "remount,bind,ro", STATE)
         host.run("systemctl", "start", "khod.service")
         assert f"the state directory {STATE} cannot be written to" in host.run("khoctl", "status").out
+        host.run("khoctl", "load", KERNEL)
         assert STATE in refused(host)
+        host.run("systemctl", "stop", "khod.service")
         host.run("umount", STATE)
-        host.run("systemctl", "restart", "khod.service")
+        host.run("systemctl", "start", "khod.service")
         assert STATE not in host.run("khoctl", "status").out
 
 
