@@ -238,6 +238,11 @@ class Deadlines:
     freezing: float = _setting(10.0, SECONDS, "For one instance or client to stand still; the workload waits for the slowest.")
     sync: float = _setting(60.0, SECONDS, "For the file systems to be written out.")
     restoring: float = _setting(120.0, SECONDS, "In the new kernel: for one instance to be retrieved and checked.")
+    carry_rate: int = _setting(
+        128 << 20,
+        SIZE,
+        "What is copied or hashed goes at this many bytes a second or more: freezing and restoring may last longer.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,7 @@ async def serve(configuration: config.Config, notifier: Notifier) -> int:
     processes = Processes(asyncio.get_running_loop())
     host = Host(machine, core_settings(configuration), PluginManager(), processes.watch)
     notifier.status("Looking for what the previous kernel left")
-    state = await host.start(lambda text: notifier.progress(text, configuration.deadlines.restoring + MARGIN))
+    state = await host.start(lambda text, seconds: notifier.progress(text, seconds + MARGIN))
     if reason:
         host.problems.append(reason)
 
@@ -176,6 +176,7 @@ def core_settings(configuration: config.Config) -> Settings:
         freezing=configuration.deadlines.freezing,
         sync=configuration.deadlines.sync,
         restoring=configuration.deadlines.restoring,
+        carry_rate=configuration.deadlines.carry_rate,
         jump=configuration.jump,
         require=configuration.require,
         orphans_after=configuration.orphans_after,

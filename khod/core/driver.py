@@ -91,6 +91,8 @@ class Declaration:
     """Names of descriptors of the request that the kernel does not preserve, and that restore makes anew."""
     strategy: Strategy = Strategy.NATIVE
     continuity: Continuity = Continuity.PRESERVED
+    handled: int = 0
+    """Bytes that freeze copies or hashes, and restore again: their deadlines allow for it (`Settings.allowance`)."""
     unsettled: bool = False
     """This is the most that it takes and the least that it gives: which way it goes is settled in preparing."""
 

@@ -83,12 +83,12 @@ class Host:
         """Of the update under way, or of the last one; ''."""
         return self.last_update.id if self.last_update else self._ident
 
-    async def start(self, progress: Callable[[str], None] = lambda text: None) -> State:
+    async def start(self, progress: Callable[[str, float], None] = lambda text, seconds: None) -> State:
         """Find out which boot this is, and undo or restore accordingly (decisions 14 and 21).
 
         Raises MachineError when that cannot be known now (the device is held by somebody): nothing was lost by it, start
         again. After it, `verify` compares what restoring has left to be compared. `progress` is told in a sentence whenever
-        something is done on the way; the next takes no longer than `Settings.restoring`.
+        something is done on the way, and within how many seconds the next will be.
         """
         startup = Startup(self.machine, self.settings, self.drivers, self.journal, self.boot, self.book)
         startup.progress = progress

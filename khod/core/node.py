@@ -57,6 +57,8 @@ class Carried:
     """Names of descriptors that its driver makes anew."""
     strategy: Strategy = Strategy.NATIVE
     continuity: Continuity = Continuity.PRESERVED
+    handled: int = 0
+    """Bytes that restore copies or hashes."""
     content: bytes = b""
     """SHA-256 of every byte of `memory`; b'' when that was not asked for."""
     properties: Mapping[str, bytes] = field(default_factory=dict)
@@ -91,6 +93,7 @@ _DEFAULTS: Mapping[str, bytes] = {
     "khod,made": cells.strings(()),
     "khod,strategy": cells.string(Strategy.NATIVE),
     "khod,continuity": cells.string(Continuity.PRESERVED),
+    "khod,handled": cells.u64(0),
     "khod,client-states": cells.strings(()),
     "khod,shares": cells.strings(()),
     "khod,shareable": cells.u32(0),
@@ -119,6 +122,7 @@ def to_node(unit: int, carried: Carried) -> InstanceNode:
         "khod,made": cells.strings(carried.made),
         "khod,strategy": cells.string(carried.strategy),
         "khod,continuity": cells.string(carried.continuity),
+        "khod,handled": cells.u64(carried.handled),
         "khod,client-states": cells.strings(carried.client_states),
         "khod,shares": cells.strings(flat_shares(carried.shares)),
         "khod,shareable": cells.u32(carried.shareable),
@@ -157,6 +161,7 @@ def from_node(node: InstanceNode) -> Carried:
         made=cells.as_strings(node, "khod,made"),
         strategy=_parsed(node, "khod,strategy", Strategy),
         continuity=_parsed(node, "khod,continuity", Continuity),
+        handled=cells.as_u64(node, "khod,handled"),
         frames=tuple(frames[at : at + DIGEST] for at in range(0, len(frames), DIGEST)),
         sample=Sample(
             cells.as_u64s(node, "khod,sample-frames"),

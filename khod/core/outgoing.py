@@ -215,6 +215,7 @@ class Outgoing:
             made=entry.declaration.made,
             strategy=entry.declaration.strategy,
             continuity=entry.declaration.continuity,
+            handled=entry.declaration.handled,
             frames=tuple(part.frames),
             sample=seen,
             content=bytes(DIGEST) if draft else part.content,

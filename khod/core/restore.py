@@ -55,6 +55,8 @@ class Restorer:
         self.verification = Verification()
         self.on_instance: Callable[[Entry], None] = lambda entry: None
         """Told of each instance as it is done."""
+        self.limit = settings.restoring + settings.allowance(sum(map(_handled, incoming.carried)))
+        """Seconds for one instance: those of a generation are restored at once, and share what the machine can copy."""
         self.running: Mapping[str, Started] = {}
         """By their sessions: those that were compared and started before khod, and have been written to since."""
 
@@ -123,10 +125,10 @@ class Restorer:
         try:
             if entry.state is InstanceState.WAITING:
                 return
-            async with asyncio.timeout(self.settings.restoring):
+            async with asyncio.timeout(self.limit):
                 await self._restore_one(entry, carried, others)
         except TimeoutError:
-            self._mark(entry, InstanceState.DAMAGED, str(DeadlinePassed(f"no end within {self.settings.restoring:g} s")))
+            self._mark(entry, InstanceState.DAMAGED, str(DeadlinePassed(f"no end within {self.limit:g} s")))
         except KhodError as error:
             self._mark(entry, InstanceState.DAMAGED, str(error))
         except Exception as error:  # a bug of ours must not end the process that holds everybody's memory
@@ -246,3 +248,8 @@ class Restorer:
             if self.incoming.map is not None and not self.incoming.map.contains(folio.pfn, folio.order):
                 raise FormatError(f"{entry.label}: page {page} of {name!r}: folio {folio.pfn:#x} is not in the folio map")
         self.verification.frames += len(chosen)
+
+
+def _handled(carried: Carried) -> int:
+    """Bytes of an instance that are read whole before it is handed out: its driver's, and khod's own where all are compared."""
+    return carried.handled + (sum(carried.sizes[: len(carried.memory)]) if carried.content else 0)

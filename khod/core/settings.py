@@ -22,6 +22,8 @@ class Settings:
     """For the file systems to be written out."""
     restoring: float = 120.0
     """For one instance to be restored."""
+    carry_rate: int = 128 << 20
+    """Bytes a second, at the least, that are copied and hashed: what freezing and restoring may take longer by; 0: nothing."""
     reserve: int = 64 << 20
     """Bytes of memory that an update must leave free."""
     fleet: Path = Path("/etc/khod/fleet.yaml")
@@ -47,3 +49,7 @@ class Settings:
     quota_descriptors: int = 65536
     quota_bytes: int = 0
     """What one owner may have registered; 0: no limit."""
+
+    def allowance(self, size: int) -> float:
+        """Seconds that copying and hashing `size` bytes may take."""
+        return size / self.carry_rate if self.carry_rate else 0.0

@@ -46,8 +46,8 @@ class Startup:
         self.ledger = Ledger()
         self.gaps = Gaps()
         self._verification: Verification | None = None
-        self.progress: Callable[[str], None] = lambda text: None
-        """Told in a sentence whenever something is done; what comes next takes no longer than `Settings.restoring`."""
+        self.progress: Callable[[str, float], None] = lambda text, seconds: None
+        """Told in a sentence whenever something is done, and within how many seconds the next will be."""
         self._done = 0
 
     async def run(self) -> State:
@@ -164,7 +164,7 @@ class Startup:
     async def _restore(self, incoming: Incoming) -> State:
         self.problems += await blocking(self.drivers.load)
         others = {entry.key: entry for entry in await self._revived({})}
-        self.progress("Reading what came through")
+        self.progress("Reading what came through", self.settings.restoring)
         await blocking(read_tree, self.machine, incoming)
         again = bool(incoming.update) and self.book.contents.accepted == incoming.update
         if not again:
@@ -176,7 +176,8 @@ class Startup:
             self._note(State.RESTORING, release=self.boot.release, count=self.boot.kexec_count)
         stage = await blocking(resumed.read, self.machine)
         restorer = Restorer(self.machine, self.settings, self.drivers, incoming, self.book)
-        restorer.on_instance = self._note_restored
+        restorer.on_instance = lambda entry: self._note_restored(entry, restorer.limit)
+        self.progress(f"Restoring {len(incoming.carried)} instances", restorer.limit)
         restorer.running = resumed.running(stage)
         restored: list[Entry] = []
         if not incoming.verdict:
@@ -209,11 +210,11 @@ class Startup:
         self._verification = restorer.verification
         return State.RESTORED
 
-    def _note_restored(self, entry: Entry) -> None:
+    def _note_restored(self, entry: Entry, limit: float) -> None:
         logger.info("restored: %s: %s", entry.label, entry.state)
         self._done += 1
         assert self.incoming is not None
-        self.progress(f"Restored {self._done} of {len(self.incoming.carried)} instances")
+        self.progress(f"Restored {self._done} of {len(self.incoming.carried)} instances", limit)
 
     def _restored_again(self, verification: Verification) -> State:
         """What came through was accepted earlier in this boot, and taken up again by a khod that was started anew; with a

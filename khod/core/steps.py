@@ -262,8 +262,10 @@ class FreezeInstances(Step):
         return "freeze " + (", then ".join(_names(g) for g in reversed(order(self.update.entries))) or "nothing")
 
     async def apply(self) -> None:
-        generations = [*reversed(order(self.update.entries))]
-        await each(self.update, generations, self._one, self.update.settings.freezing)
+        entries, settings = self.update.entries, self.update.settings
+        # Those of a generation are frozen at once, and share what the machine can copy.
+        limit = settings.freezing + settings.allowance(sum(e.declaration.handled for e in entries))
+        await each(self.update, [*reversed(order(entries))], self._one, limit)
 
     async def _one(self, entry: Entry) -> None:
         if entry.driver is not None:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -396,7 +397,7 @@ def test_a_copy_that_is_aborted_ends_before_its_carrier_is_closed(tmp_path: Path
             copied.append(self.stat(target).size)
 
     async def scenario() -> None:
-        world = World(tmp_path, memory=1024 * MIB, settings=replace(QUICK, freezing=1))
+        world = World(tmp_path, memory=1024 * MIB, settings=replace(QUICK, freezing=1, carry_rate=0))
         world.fit = lambda machine: replace(machine, files=Slow(world.process))
         host = await world.khod()
         fd = filled(world, "guest_memfd", pieces * PIECE)
@@ -414,6 +415,42 @@ def test_a_copy_that_is_aborted_ends_before_its_carrier_is_closed(tmp_path: Path
         assert set(copied) == {pieces * PIECE}, "each copied into the carrier"
         assert not world.kernel.luo.outgoing
         assert world.workload.peek(fd, 0, 4) == b"0000"
+
+    asyncio.run(scenario())
+
+
+def test_deadlines_allow_for_what_is_copied(tmp_path: Path) -> None:
+    started, proceed = threading.Event(), threading.Event()
+
+    class Slow(ports.Files):
+        def copy(self, source: int, target: int, offset: int, length: int) -> None:
+            started.set()
+            assert proceed.wait(20)
+            super().copy(source, target, offset, length)
+
+    async def waited_for(task: asyncio.Task[Any], deadline: float) -> None:
+        assert await asyncio.to_thread(started.wait, 20)
+        await asyncio.wait([task], timeout=3 * deadline)
+        assert not task.done(), "given up"
+        started.clear()
+        proceed.set()
+        await asyncio.wait([task])
+        proceed.clear()
+
+    async def scenario() -> None:
+        settings = replace(QUICK, freezing=0.3, restoring=0.3, carry_rate=SIZE // 15)
+        world = World(tmp_path, huge_pages=POOL, settings=settings)
+        world.fit = lambda machine: replace(machine, files=Slow(world.process))
+        await world.khod()
+        await world.register("vm-1", filled(world, "hugetlb"), options={"carry": "yes"})
+        table = await world.host.preflight(str(world.image))
+        (check,) = [c for c in table.checks if c.name == "standstill"]
+        assert check.evidence.startswith(f"{SIZE} bytes are copied or hashed"), check
+        assert "15 s are allowed beside the 0.3 s" in check.evidence
+        await waited_for(asyncio.create_task(world.jump_away()), settings.freezing)
+        await waited_for(asyncio.create_task(world.khod()), settings.restoring)
+        view = await only(world)
+        assert view.state == "restored", view.problem
 
     asyncio.run(scenario())
 

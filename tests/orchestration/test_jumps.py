@@ -100,7 +100,7 @@ def test_memory_comes_through_either_way(tmp_path: Path, how: str) -> None:
         assert host.state is State.RESTORED, host.problems
         process, there = world.received(world.process_fd("vm"))
         assert world.intact(there, fill=b"through", process=process)
-        assert world.told == ["Reading what came through", "Restored 1 of 1 instances"]
+        assert world.told == ["Reading what came through", "Restoring 1 instances", "Restored 1 of 1 instances"]
 
     asyncio.run(play())
 

@@ -237,7 +237,7 @@ class World:
         self.host = Host(self.fit(machine(self.process)), self.settings, manager, self.watch)
         self.told: list[str] = []
         """What systemd would hear while khod starts."""
-        await self.host.start(self.told.append)
+        await self.host.start(lambda text, seconds: self.told.append(text))
         return self.host
 
     def power_cut(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Memory: for preserving (decision 8), for the image in scratch, and in the next kernel (decision 19)."""
+"""Memory, and time to copy it: for preserving (decision 8), for the image in scratch, and in the next kernel (decision 19)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def checks(seen: Situation) -> Iterator[Check]:
     yield _next_boot(seen)
     yield _scratch(seen)
     yield _hugetlb(seen)
+    yield _standstill(seen)
 
 
 def _memory(seen: Situation) -> Check:
@@ -50,6 +51,19 @@ def _scratch(seen: Situation) -> Check:
         return blocker("scratch", evidence, remedy)
     where = ", ".join(f"{p.segment.name} at {p.at.start:#x}" for p in placed[3:] if p.at)
     return ok("scratch", f"the image fits into the scratch areas of {sizes} bytes: {where}")
+
+
+def _standstill(seen: Situation) -> Check:
+    """What is not preserved as it is costs its guests time."""
+    if not seen.handled:
+        return ok("standstill", "nothing is copied or hashed whole while everything stands still")
+    evidence = (
+        f"{seen.handled} bytes are copied or hashed while everything stands still, for which"
+        f" {seen.allowance:.0f} s are allowed beside the {seen.freezing:g} s of `deadlines.freezing`"
+    )
+    if seen.allowance <= seen.freezing:
+        return ok("standstill", evidence)
+    return warning("standstill", evidence, "use memfds, without hash=yes; raise `deadlines.carry_rate` if this host is faster")
 
 
 def _hugetlb(seen: Situation) -> Check:

@@ -96,6 +96,12 @@ class Situation:
     fleet_problem: str
     """Why that cannot be read."""
     target: Target | None
+    handled: int = 0
+    """Bytes that are copied or hashed while everything stands still."""
+    allowance: float = 0.0
+    """Seconds that this may take."""
+    freezing: float = 10.0
+    """Seconds that one instance has to stand still without it."""
     huge: int = 0
     """Bytes that are to be made anew in the next kernel's pools of huge pages."""
     require: Continuity = Continuity.RESET
@@ -134,6 +140,7 @@ class Surveyor:
         except KhodError as error:
             doubt = str(error)
         fleet, problem = self._fleet()
+        handled = sum(entry.declaration.handled for entry in entries)
         return Situation(
             release=machine.boot.boot().release,
             facts=machine.kernel.facts(),
@@ -151,6 +158,9 @@ class Surveyor:
             fleet=fleet,
             fleet_problem=problem,
             target=self._target(image) if image else None,
+            handled=handled,
+            allowance=self._settings.allowance(handled),
+            freezing=self._settings.freezing,
             huge=_huge(machine, entries),
             require=Continuity(self._settings.require),
         )

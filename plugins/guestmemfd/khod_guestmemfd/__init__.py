@@ -49,6 +49,7 @@ def khod_declare(machine: Machine, request: Request) -> Declaration:
         states=tuple(StateBound(carrier(m.name), m.size, bulk=True) for m in copied),
         properties=properties.encode(memories, hashed={m.name for m in memories if options.wants_hash(m.carried)}),
         size=sum(m.size for m in memories),
+        handled=sum(m.size for m in memories if m.carried or options.wants_hash(m.carried)),
         made=tuple(m.name for m in copied),
         strategy=Strategy.CARRIED if copied else Strategy.NATIVE,
         continuity=Continuity.REBUILT if copied else Continuity.PRESERVED,

@@ -13,6 +13,7 @@ import pytest
 
 from khod.abi import formats, kernel_image
 from khod.abi.fleet import Fleet
+from khod.core.driver import Continuity
 from khod.core.need import Need
 from khod.core.ports import Image, KernelFacts, MemoryFigures
 from khod.core.preflight import table, verdict
@@ -115,6 +116,13 @@ FIRING: list[tuple[str, Verdict, str, Change]] = [
     ("hugetlb", Verdict.WARNING, "8589934592", cmdline(f"{CMDLINE} hugepagesz=1G hugepages=8")),
     ("hugetlb", Verdict.BLOCKER, "8388608 bytes are to be made anew in huge pages",
      both(seen(huge=8 << 20), cmdline(f"{CMDLINE} hugepages=3"))),
+    ("standstill", Verdict.WARNING, "still, for which 12 s are allowed beside the 10 s",
+     seen(handled=GIB, allowance=12.2)),
+    ("continuity:vm-1", Verdict.BLOCKER, "vm-1 will be rebuilt, and `require` is preserved",
+     seen(require=Continuity.PRESERVED, instances=(Instance(label="vm-1", objections=(), continuity=Continuity.REBUILT),))),
+    ("continuity:vm-1", Verdict.WARNING, "vm-1 will at least be reset, and `require` is rebuilt",
+     seen(require=Continuity.REBUILT,
+          instances=(Instance(label="vm-1", objections=(), continuity=Continuity.RESET, unsettled=True),))),
     ("instance:vm-1", Verdict.BLOCKER, "hugetlb", seen(instances=(Instance(label="vm-1", objections=("vm-1: hugetlb",)),))),
     ("client:vm-1", Verdict.BLOCKER, "subscribed", seen(instances=(Instance(label="vm-1", objections=(), deserted=True),))),
     ("client:vm-1", Verdict.WARNING, "left behind",
