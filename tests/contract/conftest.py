@@ -18,8 +18,9 @@ from khod.kernel.custody import KernelCustody
 from khod.kernel.liveupdate import KernelLiveUpdate
 from khod.kernel.machine import machine as kernel_machine
 from khod.simulated import create
+from khod.simulated.devices import Card, plug
 from khod.simulated.kernel import Kernel
-from tests.contract.rig import KernelRig, Rig, SimulatedRig
+from tests.contract.rig import CARD, KernelRig, Rig, SimulatedRig
 
 MACHINES = ["simulated", "kernel"] if Path("/dev/liveupdate").exists() else ["simulated"]
 MEMORY = 256 << 20
@@ -36,7 +37,9 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
 
 def simulated(directory: Path) -> Iterator[Rig]:
     """A simulated machine, booted for one test."""
-    kernel = Kernel.boot(create(directory / "machine", memory=MEMORY))
+    place = create(directory / "machine", memory=MEMORY)
+    plug(place, Card(CARD))
+    kernel = Kernel.boot(place)
     yield SimulatedRig(kernel.spawn("khod"), kernel.spawn, directory)
     kernel.power_off()
 

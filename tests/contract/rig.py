@@ -23,6 +23,10 @@ from khod.simulated import Process, image, machine
 from khod.simulated.ports import KernelLiveUpdate as SimulatedLiveUpdate
 
 PAGE = 4096
+CARD = "0000:00:04.0"
+"""Of the simulated machine."""
+EDU = (0x1234, 0x11E8)
+"""Vendor and device of QEMU's edu, which stands for devices on either machine."""
 
 
 class Rig(Protocol):
@@ -76,6 +80,10 @@ class Rig(Protocol):
 
     def kernel_image(self) -> str:
         """Path of a kernel that can be loaded."""
+        ...
+
+    def card(self) -> str:
+        """Address of a PCI device that nobody drives, behind an IOMMU, that neither migrates nor resets."""
         ...
 
 
@@ -142,6 +150,9 @@ class SimulatedRig:
         yield process
         self._process.kill(process.pid)
         process.exit()
+
+    def card(self) -> str:
+        return CARD
 
     def kernel_image(self) -> str:
         path = self._images / "bzImage"
@@ -242,6 +253,12 @@ class KernelRig:
 
     def kernel_image(self) -> str:
         return self._bzimage
+
+    def card(self) -> str:
+        devices = sorted(Path("/sys/bus/pci/devices").iterdir())
+        found = [d.name for d in devices if [int((d / n).read_text(), 16) for n in ("vendor", "device")] == list(EDU)]
+        assert found, "QEMU has no -device edu"
+        return found[0]
 
 
 def seals_of(fd: int) -> int:

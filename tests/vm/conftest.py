@@ -14,6 +14,8 @@ from tests.vm import host, runner
 
 SCENARIOS = Path(__file__).with_name("scenarios")
 Play = Callable[..., runner.Result]
+IOMMU = ("-device", "intel-iommu,intremap=on,caching-mode=on", "-device", "edu")
+"""QEMU's arguments for a device that does DMA, behind an IOMMU; the kernel needs intel_iommu=on."""
 
 
 def _need(reason: str) -> None:

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.vm.conftest import Play
+from tests.vm.conftest import IOMMU, Play
 from tests.vm.runner import Result
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
-
-IOMMU = ("-device", "intel-iommu,intremap=on,caching-mode=on", "-device", "edu")
 
 
 def stages(result: Result, name: str) -> list[dict[str, Any]]:

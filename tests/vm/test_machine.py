@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from khod.rehearsal.qemu import Outcome
-from tests.vm.conftest import Play
+from tests.vm.conftest import IOMMU, Play
 from tests.vm.gdbstub import FailCall
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
@@ -35,8 +35,9 @@ def test_each_refusal_of_the_kernel_has_its_exception(vm: Play) -> None:
 
 
 def test_the_contract_holds_on_the_running_kernel(vm: Play) -> None:
-    # Small areas of scratch: one of the tests fills the largest.
-    result = vm("contract", cmdline=("kho_scratch=16M,16M,32M",), stage_deadline=150).require()
+    # Small areas of scratch: one of the tests fills the largest. And a device behind an IOMMU.
+    cmdline = ("kho_scratch=16M,16M,32M", "intel_iommu=on")
+    result = vm("contract", cmdline=cmdline, qemu=IOMMU, stage_deadline=150).require()
     facts = result.facts("contract")
     assert facts["status"] == 0, "\n\n".join(facts["problems"])
     # None skipped, on the one machine where none may be, and all that was collected for the kernel ran.
