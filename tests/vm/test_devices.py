@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.vm.conftest import IOMMU, Play
+from tests.vm.host import KERNEL, PROGRAMS, Host
 from tests.vm.runner import Result
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
@@ -57,3 +58,31 @@ def test_a_guest_whose_memory_is_a_guest_memfd_goes_on(vm: Play) -> None:
     parameters = {"device": False, "guest_memfd": True}
     result = vm("kvm_carried", cpu="max", parameters=parameters, stage_deadline=150, deadline=300).require()
     check(result, {"tinyvmm": "preserved"}, jumps=1)  # in a memfd by then, which the next update preserves as it is
+
+
+DEVICE = f"""
+[Unit]
+Requires=khod-restored.target
+After=khod-restored.target
+[Service]
+Type=notify
+LimitMEMLOCK=infinity
+WorkingDirectory={PROGRAMS}
+ExecStart=/usr/bin/python3 -m tests.vm.programs.device
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+@pytest.mark.full
+def test_khods_unit_lets_it_at_devices(boot: type[Host]) -> None:
+    with boot(cmdline=("intel_iommu=on",), qemu=IOMMU) as host:
+        host.programs("device")
+        host.unit("device.service", DEVICE)
+        host.run("khoctl", "load", KERNEL)
+        host.jump("khoctl", "update")
+        came = host.record("came").facts
+        assert (came["mapped"], came["master"]) == ([[0x100_0000, 4 << 20]], True)
+        host.booted()
+        assert "state        idle" in host.run("khoctl", "status").out
+        assert not host.run("journalctl", "-q", "-b", "-p", "warning", "-u", "khod*").out
