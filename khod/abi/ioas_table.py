@@ -18,6 +18,7 @@ Reading and writing take time linear in the number of records.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from struct import Struct
@@ -96,6 +97,12 @@ def merged(mappings: Iterable[Mapping]) -> list[Mapping]:
 def continues(first: Mapping, second: Mapping) -> bool:
     """Whether both can be one."""
     return first.iova + first.length == second.iova and first.offset + first.length == second.offset and first[3:] == second[3:]
+
+
+def hit(mappings: Sequence[Mapping], start: int, last: int) -> Mapping | None:
+    """One of these, ascending, that has an IOVA of `start` to `last`."""
+    at = bisect_right(mappings, last, key=lambda mapping: mapping.iova) - 1
+    return mappings[at] if at >= 0 and mappings[at].end > start else None
 
 
 def head(table: Table, count: int) -> bytes:

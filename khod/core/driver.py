@@ -169,6 +169,8 @@ class Instance:
     """Descriptors of the instances that it requires, by their names: in check, settle, prepare, freeze and restore."""
     anew: Collection[str] = ()
     """Which of those will have other descriptors after the jump: in settle."""
+    users: Sequence[Instance] = ()
+    """The instances that require it, whose turn is next: in restore."""
 
     @property
     def path(self) -> str:

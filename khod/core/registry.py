@@ -145,8 +145,8 @@ class Entry:
         """The instances without which it cannot come along."""
         return {(self.owner, name) for name in self.requires} | {key for key, _ in self.shares.values()}
 
-    def view(self, machine: Machine, others: Iterable[Entry] = ()) -> Instance:
-        """As its driver sees it; what it requires is looked for among `others`."""
+    def view(self, machine: Machine, others: Iterable[Entry] = (), users: Iterable[Entry] = ()) -> Instance:
+        """As its driver sees it; what it requires is looked for among `others`, and `users` are those that require it."""
         needed = [e for e in others if self._requires(e)] if self.requires else []
         return Instance(
             name=self.name,
@@ -158,6 +158,7 @@ class Entry:
             keepsake=dict(self.keepsake),
             required={e.name: dict(e.fds) for e in needed},
             anew=frozenset(e.name for e in needed if e.declaration.made),
+            users=tuple(e.view(machine) for e in users),
         )
 
     def _requires(self, other: Entry) -> bool:

@@ -20,7 +20,7 @@ from khod.core.driver import Declaration, Drivers, Preserve, Request, StateArea
 from khod.core.incoming import Incoming
 from khod.core.node import Carried
 from khod.core.ports import Machine
-from khod.core.registry import Entry, Grade, InstanceState, Key, order
+from khod.core.registry import Entry, Grade, InstanceState, Key, order, users
 from khod.core.settings import Settings
 from khod.early.record import Started
 from khod.errors import DeadlinePassed, FormatError, KhodError
@@ -53,6 +53,7 @@ class Restorer:
     def __init__(self, machine: Machine, settings: Settings, drivers: Drivers, incoming: Incoming, book: Book) -> None:
         self.machine, self.settings, self.drivers, self.incoming, self.book = machine, settings, drivers, incoming, book
         self.verification = Verification()
+        self._users: Mapping[Key, list[Entry]] = {}
         self.on_instance: Callable[[Entry], None] = lambda entry: None
         """Told of each instance as it is done."""
         self.limit = settings.restoring + settings.allowance(sum(map(_handled, incoming.carried)))
@@ -65,6 +66,7 @@ class Restorer:
         the reason. `others` are there already: registered, or finished, before khod was started anew."""
         carried = {c.key: c for c in self.incoming.carried if c.session not in self.book.contents.over}
         entries = {key: self._entry(c) for key, c in carried.items()}
+        self._users = users(entries.values())
         generations = order(entries.values())
         await blocking(self._prove, [e for generation in generations for e in generation], carried)
         for generation in generations:
@@ -155,7 +157,7 @@ class Restorer:
         if unsound := [others[key].label for key in entry.needs if key in others and not others[key].state.sound]:
             raise FormatError(f"{entry.label}: requires {', '.join(unsound)}, which did not come through sound")
         if page is None or page.state is InstanceState.WAITING:
-            made = await entry.driver.restore(entry.view(self.machine, others.values()))
+            made = await entry.driver.restore(entry.view(self.machine, others.values(), self._users.get(entry.key, ())))
         else:  # what it made is in its owner's hands: it is in custody, and not made twice
             made = {name: await blocking(self.machine.custody.take, page.deposits[name]) for name in carried.made}
         entry.fds.update(made)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from khod.core.devices import IovaRange
 from khod.core.state import State
 from khod.errors import InvalidRequest, KhodError, Refused, UpdateFailed
 from khod.plugin import Instance, hookimpl
-from khod.simulated import ProcessDied, Release, machine
+from khod.simulated import ProcessDied, Release, machine, ports
 from khod.simulated.devices import REGISTERS_FILE, Card, plug
 from khod.simulated.kernel import Kernel
 from tests.orchestration.world import ME, MIB, World
@@ -233,12 +233,8 @@ def change(world: World, *cards: Card) -> None:
         ([Card(EDU, device=0x1234)], r"is 1234:1234 .*, it was 1234:11e8"),
         ([Card(EDU, driven_by="edu")], "is driven by edu"),
         ([Card(EDU), Card(NIC, driven_by="nic")], r"shares IOMMU group 1 with 0000:00:05.0 \(driven by nic\)"),
-        (
-            [Card(EDU, reserved=((IOVA, IOVA + 4095),))],
-            r"IOVAs 0x1000000-0x10fffff are mapped, and this kernel reserves 0x1",
-        ),
     ],
-    ids=["missing", "another", "claimed by another driver", "group shared", "reserved"],
+    ids=["missing", "another", "claimed by another driver", "group shared"],
 )
 def test_a_device_that_is_not_as_it_was_is_not_handed_out(world: World, cards: list[Card], says: str) -> None:
     async def scenario() -> None:
@@ -261,12 +257,65 @@ def test_a_device_that_is_not_as_it_was_is_not_handed_out(world: World, cards: l
     asyncio.run(scenario())
 
 
-def test_mappings_that_are_not_allowed_any_more_are_named_before_any_is_made() -> None:
-    table = Table(1, [("ram", "memory")], mappings((0, 1, 0), (IOVA, 2, 5)))
-    ranges = [IovaRange(0, IOVA - 1), IovaRange(IOVA + 4096, 1 << 39)]
-    with pytest.raises(KhodError, match=r"m: IOVAs 0x1000000-0x1001fff were mapped, and this kernel allows 0x0-0xffffff, "):
-        khod_iommu.check_allowed("m", table, ranges)
-    khod_iommu.check_allowed("m", table, [IovaRange(0, 1 << 39)])
+@pytest.mark.parametrize("preserved", [False, True])
+def test_mappings_that_are_not_allowed_any_more_are_named_before_any_is_made(world: World, preserved: bool) -> None:
+    """Where the kernel preserves iommufds they are there already: then it is the device that does not go with them."""
+
+    async def scenario() -> None:
+        release = Release(preserves=("iommufd",) if preserved else ())
+        rig = Rig(world, [Card(EDU)], mappings((0, 1, 0), (IOVA, 200, 0), (2 * IOVA, 1, 3)), release=release)
+        await rig.start()
+        with pytest.raises(ProcessDied):
+            await world.update()
+        change(world, Card(EDU, reserved=((IOVA + 8192, IOVA + 8192 + 4095),)))
+        world.boot()
+        process = world.kernel.spawn("khod")
+        with world.kernel.faults.recorded(process.pid) as calls:
+            await world.khod_in(process)
+        assert "map_file" not in calls
+        device = EDU.replace(":", ".")
+        assert await rig.states() == {
+            "ram": "restored", "mappings": "restored" if preserved else "damaged", device: "damaged",
+        }  # fmt: skip
+        where = await rig.problem(EDU if preserved else "mappings")
+        assert "IOVAs 0x1000000-0x10c7fff" in where
+        assert "this kernel reserves 0x1002000-0x1002fff for" in where
+        assert preserved or "the one before allowed 0x0-0xfedfffff, 0xfef00000-0x7fffffffff" in where, where
+        assert not rig.card().dma(0, b"x")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("ranges", [[IovaRange(0, IOVA - 1), IovaRange(IOVA + 4096, 1 << 39)], [IovaRange(0, IOVA)], []])
+def test_iovas_that_the_new_kernels_ioas_does_not_have_are_named(world: World, ranges: list[IovaRange]) -> None:
+    class Narrow(ports.Devices):
+        def iova_ranges(self, iommufd: int, ioas: int) -> list[IovaRange]:
+            return ranges
+
+    async def scenario() -> None:
+        rig = Rig(world, [Card(EDU)])
+        await rig.start()
+        await world.jump_away()
+        world.fit = lambda machine: replace(machine, devices=Narrow(world.process))
+        process = world.kernel.spawn("khod")
+        with world.kernel.faults.recorded(process.pid) as calls:
+            await world.khod_in(process)
+        assert "map_file" not in calls
+        allows = ", ".join(map(str, ranges)) or "none"
+        assert f"IOVAs 0x1000000-0x10fffff were mapped, and this kernel allows {allows}; " in await rig.problem("mappings")
+
+    asyncio.run(scenario())
+
+
+def test_a_table_of_an_ioas_that_there_is_not_stops_the_update(world: World) -> None:
+    async def scenario() -> None:
+        rig = Rig(world, [Card(EDU)])
+        await rig.start()
+        world.workload.write(rig.fds["table"], 12, (9).to_bytes(4, "little"))
+        with pytest.raises(Refused, match="IOAS 9"):
+            await world.update()
+
+    asyncio.run(scenario())
 
 
 def test_a_table_that_leads_out_of_what_is_registered_stops_the_update_before_it_starts(world: World) -> None:

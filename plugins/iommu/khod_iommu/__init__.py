@@ -23,6 +23,9 @@ from khod.plugin import Declaration, Instance, Preserve, Request, hookimpl, prob
 COMPATIBLE = "khod,iommu-v1"
 IOMMUFD, TABLE = "iommufd", "table"
 _IOAS_AT = 12
+_DIFFERENT = "the reserved ranges of this kernel or its IOMMU differ from those of the one before; nothing was mapped"
+RANGES = 32
+"""The most that are noted of what may be mapped, for the message when it may be no longer."""
 
 
 @hookimpl
@@ -50,7 +53,11 @@ def khod_declare(machine: Machine, request: Request) -> Declaration:
     return Declaration(
         compatible=COMPATIBLE,
         fds=(Preserve(TABLE, fd),),
-        properties={"mappings": cells.u64(0), "mapped-bytes": cells.u64(0)},
+        properties={
+            "mappings": cells.u64(0),
+            "mapped-bytes": cells.u64(0),
+            "iova-ranges": cells.u64s([0] * 2 * RANGES),
+        },
         requires=tuple(dict.fromkeys(instance for instance, _ in table.files)),
         size=machine.files.stat(fd).size,
         made=(IOMMUFD,),
@@ -111,9 +118,11 @@ def memory(instance: Instance, table: Table) -> list[int]:
 
 @hookimpl
 def khod_check(instance: Instance) -> Sequence[str]:
-    """The table can be read, and leads to nothing that does not come along."""
+    """The table can be read, is of an IOAS that there is, and leads to nothing that does not come along."""
     try:
-        memory(instance, read_table(instance.machine.files, instance.fds[TABLE]))
+        table = read_table(instance.machine.files, instance.fds[TABLE])
+        memory(instance, table)
+        instance.machine.devices.iova_ranges(instance.fds[IOMMUFD], table.ioas)
     except KhodError as error:
         return [f"{instance.name}: {error}"]
     return []
@@ -124,7 +133,12 @@ def khod_freeze(instance: Instance) -> Mapping[str, bytes]:
     """The last state of the table: devices stand still, and so does who maps."""
     table = read_table(instance.machine.files, instance.fds[TABLE])
     memory(instance, table)
-    return {"mappings": cells.u64(len(table.mappings)), "mapped-bytes": cells.u64(sum(m.length for m in table.mappings))}
+    ranges = instance.machine.devices.iova_ranges(instance.fds[IOMMUFD], table.ioas)[:RANGES]
+    return {
+        "mappings": cells.u64(len(table.mappings)),
+        "mapped-bytes": cells.u64(sum(m.length for m in table.mappings)),
+        "iova-ranges": cells.u64s([iova for r in ranges for iova in (r.start, r.last)]),
+    }
 
 
 @hookimpl
@@ -145,12 +159,13 @@ def khod_restore(instance: Instance) -> Mapping[str, int]:
     fds = memory(instance, table)
     if IOMMUFD in instance.fds:
         return {}
+    check_reserved(instance, table)
     iommufd = devices.open_iommu()
     try:
         ioas = devices.ioas_alloc(iommufd)
         if not table.huge_pages:
             devices.huge_pages(iommufd, ioas, False)
-        check_allowed(instance.name, table, devices.iova_ranges(iommufd, ioas))
+        check_allowed(instance, table, devices.iova_ranges(iommufd, ioas))
         for mapping in table.mappings:
             devices.map_file(iommufd, ioas, fds[mapping.file], mapping)
         files.write(instance.fds[TABLE], _IOAS_AT, ioas.to_bytes(4, "little"))
@@ -160,7 +175,37 @@ def khod_restore(instance: Instance) -> Mapping[str, int]:
     return {IOMMUFD: iommufd}
 
 
-def check_allowed(name: str, table: Table, ranges: Sequence[IovaRange]) -> None:
+def check_reserved(instance: Instance, table: Table) -> None:
+    """Whether nothing is mapped that is reserved for a device whose DMA goes through it, which an IOAS does not say before that
+    device is attached. Raises DeviceUnusable naming both, and the device."""
+    for user in instance.users:
+        for taken in _reserved(user):
+            if mapping := ioas_table.hit(table.mappings, taken.start, taken.last):
+                raise DeviceUnusable(
+                    f"{instance.name}: IOVAs {mapping} were mapped, and this kernel reserves {taken} for the device of"
+                    f" {user.name}; {_before(instance)}",
+                    hint=_DIFFERENT,
+                )
+
+
+def _reserved(user: Instance) -> Sequence[IovaRange]:
+    """For the device of an instance; that it is not there is for that instance to say."""
+    if "address" not in user.properties:
+        return ()
+    try:
+        device = user.machine.devices.look(cells.as_string(user, "address"))
+    except DeviceUnusable:
+        return ()
+    return device.reserved if device is not None else ()
+
+
+def _before(instance: Instance) -> str:
+    noted = cells.as_u64s(instance, "iova-ranges")
+    ranges = [str(IovaRange(start, last)) for start, last in zip(noted[::2], noted[1::2], strict=True)]
+    return f"the one before allowed {', '.join(ranges) or 'none'}"
+
+
+def check_allowed(instance: Instance, table: Table, ranges: Sequence[IovaRange]) -> None:
     """Whether all mappings lie in these ranges, which ascend as they do. Raises DeviceUnusable naming one that does not."""
     left = iter(ranges)
     current = next(left, None)
@@ -169,6 +214,7 @@ def check_allowed(name: str, table: Table, ranges: Sequence[IovaRange]) -> None:
             current = next(left, None)
         if current is None or mapping.iova < current.start or mapping.end - 1 > current.last:
             raise DeviceUnusable(
-                f"{name}: IOVAs {mapping} were mapped, and this kernel allows {', '.join(map(str, ranges)) or 'none'}",
-                hint="the reserved ranges of this kernel or its IOMMU differ from those of the one before; nothing was mapped",
+                f"{instance.name}: IOVAs {mapping} were mapped, and this kernel allows"
+                f" {', '.join(map(str, ranges)) or 'none'}; {_before(instance)}",
+                hint=_DIFFERENT,
             )

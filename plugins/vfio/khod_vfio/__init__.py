@@ -275,13 +275,13 @@ def _ioas(instance: Instance, device: PciDevice, table: int) -> int:
     files = instance.machine.files
     head, count = ioas_table.read_head(files.read(table, 0, ioas_table.FIRST), files.stat(table).size)
     data = files.read(table, ioas_table.FIRST, count * ioas_table.RECORD.size)
-    for mapping in ioas_table.read_records(data, len(head.files)):
-        for taken in device.reserved:
-            if mapping.iova <= taken.last and taken.start < mapping.end:
-                raise DeviceUnusable(
-                    f"{instance.name}: IOVAs {mapping} are mapped, and this kernel reserves {taken} for {device.address}",
-                    hint="the reserved ranges of this kernel or its IOMMU differ from those of the one before",
-                )
+    mappings = ioas_table.read_records(data, len(head.files))
+    for taken in device.reserved:
+        if mapping := ioas_table.hit(mappings, taken.start, taken.last):
+            raise DeviceUnusable(
+                f"{instance.name}: IOVAs {mapping} are mapped, and this kernel reserves {taken} for {device.address}",
+                hint="the reserved ranges of this kernel or its IOMMU differ from those of the one before",
+            )
     return head.ioas
 
 
