@@ -157,7 +157,8 @@ def preserve(process: Process, session: int, fd: int) -> None:
 
 async def subscribed(here: Luod, client: Client, name: str = "vm-1") -> None:
     await client.say(cmd="SUBSCRIBE", id=name)
-    await here.until(lambda: any(e.name == name and e.attended for e in here.world.host.registry))
+    host = here.world.host
+    await here.until(lambda: any(e.name == name and host.broker.answers(e.handle) for e in host.registry))
 
 
 def test_a_session_comes_through_two_jumps_by_the_published_protocol(world: World, tmp_path: Path) -> None:
