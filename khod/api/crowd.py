@@ -18,7 +18,8 @@ REFUSAL = 0.02
 class Crowd:
     """The connections of one user."""
 
-    def __init__(self) -> None:
+    def __init__(self, uid: int) -> None:
+        self.uid = uid
         self.connections = 0
         self.descriptors = 0
         self._turn = asyncio.Lock()

@@ -8,7 +8,6 @@ Whoever connects meanwhile waits in the backlog.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 from pathlib import Path
@@ -16,10 +15,6 @@ from pathlib import Path
 from khod.errors import InvalidRequest, MachineError, Refused
 
 BACKLOG = 1024
-ACCEPT_PAUSE = 0.25
-"""Seconds until the next try when the system had no descriptor or memory for a connection; it waits in the backlog."""
-SHORT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-"""What accept(2) says then."""
 FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
 

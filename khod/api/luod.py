@@ -18,19 +18,18 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import socket
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from khod.api import peers
 from khod.api.audit import Audit
 from khod.api.crowd import Crowd
 from khod.api.descriptors import Bridge
+from khod.api.door import Door
 from khod.api.lines import Lines
-from khod.api.listening import ACCEPT_PAUSE, SHORT_OF, listen
+from khod.api.listening import listen
 from khod.api.meeting import meet
 from khod.api.peers import Presence, Processes
 from khod.config import Limits, Rule
@@ -45,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1024
 MAX_CONNECTIONS_PER_USER = 256
-"""Root and khod's own user are exempt from both."""
 
 
 @contextlib.asynccontextmanager
@@ -81,58 +79,37 @@ class Listener:
         limits: Limits,
         processes: Processes | None,
     ) -> None:
-        self._service, self._files, self._sock, self._rules, self._limits = service, files, sock, rules, limits
+        self._service, self._files, self._rules, self._limits = service, files, rules, limits
         self._loop = asyncio.get_running_loop()
         self._audit = Audit()
         self._processes = processes or Processes(self._loop)
         self._watched_by_others = processes is not None
         self._databases = ThreadPoolExecutor(max_workers=1, thread_name_prefix="khod-luod-peers")
-        self._crowds: dict[int, Crowd] = {}
         self._connections: set[asyncio.Task[None]] = set()
-        self._accepting = self._loop.create_task(self._accept())
+        self._door = Door(sock, most=MAX_CONNECTIONS, most_per_user=MAX_CONNECTIONS_PER_USER, came=self._came)
 
     @property
     def connections(self) -> int:
         """How many are open."""
-        return len(self._connections)
+        return self._door.connections
 
     async def aclose(self) -> None:
         """Accept no more, and hang up on everybody. What hangs on connections and processes is not told: they have not
         ended."""
-        self._accepting.cancel()
+        self._door.close()
         for task in self._connections:
             task.cancel()
-        await asyncio.gather(self._accepting, *self._connections, return_exceptions=True)
-        self._sock.close()
+        await asyncio.gather(*self._connections, return_exceptions=True)
         if not self._watched_by_others:
             self._processes.close()
         self._databases.shutdown(wait=False, cancel_futures=True)
 
-    async def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = await self._loop.sock_accept(self._sock)
-            except OSError as error:
-                if error.errno not in SHORT_OF:
-                    logger.exception("accept failed")
-                else:
-                    logger.warning("no connection can be accepted for want of descriptors or memory: %s", error)
-                await asyncio.sleep(ACCEPT_PAUSE)  # it stays in the backlog
-                continue
-            uid = peers.credentials(sock).uid
-            crowd = self._crowds.get(uid) or Crowd()
-            full = len(self._connections) >= MAX_CONNECTIONS or crowd.connections >= MAX_CONNECTIONS_PER_USER
-            if full and uid not in (0, os.geteuid()):
-                logger.warning("a connection of user %d was refused: %d of its are open", uid, crowd.connections)
-                sock.close()
-                continue
-            self._crowds[uid] = crowd
-            crowd.connections += 1
-            task = self._loop.create_task(self._serve(sock, uid, crowd))
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
+    def _came(self, sock: socket.socket, crowd: Crowd) -> None:
+        task = self._loop.create_task(self._serve(sock, crowd))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
 
-    async def _serve(self, sock: socket.socket, uid: int, crowd: Crowd) -> None:
+    async def _serve(self, sock: socket.socket, crowd: Crowd) -> None:
         try:
             lines = await Lines.over(sock)
             try:
@@ -142,9 +119,7 @@ class Listener:
         except Exception:
             logger.exception("a client of luo-agent's protocol cannot be served")
         finally:
-            crowd.connections -= 1
-            if not crowd.connections and self._crowds.get(uid) is crowd:
-                del self._crowds[uid]
+            self._door.leave(crowd)
 
     async def _meet(self, sock: socket.socket, lines: Lines, crowd: Crowd) -> None:
         """Find out who it is, and talk to him."""

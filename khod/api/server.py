@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The listening side: a unix socket, who may connect, and an accept loop that outlives a full table of descriptors."""
+"""The listening side: who has come in, who that is, and his calls."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +15,13 @@ from asyncvarlink import VarlinkInterfaceRegistry
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
 import khod
-from khod.api import peers
 from khod.api.audit import Audit
 from khod.api.connection import Calls, Connection, Shared
 from khod.api.crowd import Crowd
 from khod.api.descriptors import Bridge
+from khod.api.door import Door
 from khod.api.host import HostInterface
-from khod.api.listening import ACCEPT_PAUSE, SHORT_OF, listen
+from khod.api.listening import listen
 from khod.api.meeting import meet
 from khod.api.peers import Processes
 from khod.api.stream import HangUps
@@ -73,32 +72,31 @@ class Server:
         limits: Limits,
         processes: Processes | None,
     ) -> None:
-        self._service, self._files, self._sock, self._rules = service, files, sock, rules
+        self._service, self._files, self._rules = service, files, rules
         self._loop = asyncio.get_running_loop()
         self._shared = Shared(limits, Calls(), HangUps(self._loop), Audit())
         self._connections: set[Connection] = set()
-        self._crowds: dict[int, Crowd] = {}
         self._processes = processes or Processes(self._loop)
         # Of its own: a database of users that does not answer must hold up nobody but those who connect.
         self._databases = ThreadPoolExecutor(max_workers=1, thread_name_prefix="khod-peers")
         self._meeting: set[asyncio.Task[None]] = set()
-        self._pause: asyncio.TimerHandle | None = None
-        self._resume()
+        self._closed = False
+        self._door = Door(sock, most=limits.connections, most_per_user=limits.connections_per_user, came=self._came)
 
     @property
     def connections(self) -> int:
         """How many are open."""
-        return len(self._connections)
+        return self._door.connections
 
     async def aclose(self) -> None:
         """Accept no more, cancel the calls under way and wait for their end, close every connection. Again: no effect.
 
         What hangs on connections and processes is not told: they have not ended.
         """
-        if self._sock.fileno() < 0:
+        if self._closed:
             return
-        self._suspend()
-        self._sock.close()
+        self._closed = True
+        self._door.close()
         for meeting in self._meeting:
             meeting.cancel()
         await asyncio.gather(*self._meeting, return_exceptions=True)
@@ -109,53 +107,16 @@ class Server:
         self._shared.hang_ups.close()
         self._databases.shutdown(wait=False, cancel_futures=True)
 
-    def _resume(self) -> None:
-        self._pause = None
-        self._loop.add_reader(self._sock, self._accept)
-
-    def _suspend(self) -> None:
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
-        else:
-            self._loop.remove_reader(self._sock)
-
-    def _accept(self) -> None:
-        try:
-            sock, _ = self._sock.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            if error.errno not in SHORT_OF:
-                logger.exception("accept failed")
-            else:
-                logger.warning("no connection can be accepted for want of descriptors or memory: %s", error)
-            # The connection stays in the backlog and the socket readable: without a pause this would be a busy loop.
-            self._suspend()
-            self._pause = self._loop.call_later(ACCEPT_PAUSE, self._resume)
-            return
-        uid = peers.credentials(sock).uid
-        crowd = self._crowds.get(uid) or Crowd()
-        limits = self._shared.limits
-        full = len(self._connections) >= limits.connections or crowd.connections >= limits.connections_per_user
-        if full and uid not in (0, os.geteuid()):
-            logger.warning("a connection of user %d was refused: %d of its are open, %d in all", uid, crowd.connections,
-                           len(self._connections))  # fmt: skip
-            sock.close()
-            return
-        self._crowds[uid] = crowd
-        crowd.connections += 1
-        connection = Connection(sock, self._shared, crowd, lambda ended: self._ended(ended, uid, crowd))
+    def _came(self, sock: socket.socket, crowd: Crowd) -> None:
+        connection = Connection(sock, self._shared, crowd, lambda ended: self._ended(ended, crowd))
         self._connections.add(connection)
         meeting = self._loop.create_task(self._meet(connection, sock))
         self._meeting.add(meeting)
         meeting.add_done_callback(self._meeting.discard)
 
-    def _ended(self, connection: Connection, uid: int, crowd: Crowd) -> None:
+    def _ended(self, connection: Connection, crowd: Crowd) -> None:
         self._connections.discard(connection)
-        crowd.connections -= 1
-        if not crowd.connections and self._crowds.get(uid) is crowd:
-            del self._crowds[uid]
+        self._door.leave(crowd)
         if connection.process is not None:
             self._processes.leave(connection.process)
 

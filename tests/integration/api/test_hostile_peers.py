@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 from asyncvarlink import FileDescriptor
 
-from khod.api import descriptors
-from khod.api import server as server_module
+from khod.api import descriptors, door
 from khod.api.client import Client, connect
 from khod.api.connection import MAX_VALUES
 from khod.config import Limits
@@ -248,12 +247,12 @@ def test_calls_sent_by_a_peer_that_hung_up_decently_are_all_done(khod: Served, c
 
 def test_a_full_table_of_descriptors_passes(khod: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """accept(2) fails with EMFILE; whoever waits is let in when there is room again."""
-    monkeypatch.setattr(server_module, "ACCEPT_PAUSE", 0.01)
+    monkeypatch.setattr(door, "PAUSE", 0.01)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(10)
     complaints: list[str] = []
-    monkeypatch.setattr(server_module.logger, "warning", lambda message, *_: complaints.append(message))
+    monkeypatch.setattr(door.logger, "warning", lambda message, *_: complaints.append(message))
     khod.call(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (sock.fileno() + 1, hard)))
     filled: list[int] = []
     try:
