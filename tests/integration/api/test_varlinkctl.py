@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -49,13 +50,17 @@ def version(command: str) -> int:
 
 
 async def calls(varlinkctl: Path, socket: Path, *arguments: str) -> str:
-    process = await asyncio.create_subprocess_exec(
-        CALLS, *arguments, env={**os.environ, "SOCKET": str(socket), "VARLINKCTL": str(varlinkctl)},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    out, err = await asyncio.wait_for(process.communicate(), 60)
-    assert process.returncode == 0, err.decode()
-    return out.decode()
+    # Into files: a varlinkctl that still listens when the machine jumps would keep pipes open.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = await asyncio.create_subprocess_exec(
+            CALLS, *arguments, env={**os.environ, "SOCKET": str(socket), "VARLINKCTL": str(varlinkctl)},
+            stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+        )  # fmt: skip
+        status = await asyncio.wait_for(process.wait(), 60)
+        for file in (out, err):
+            file.seek(0)
+        assert status == 0, err.read()
+        return out.read()
 
 
 @pytest.mark.slow
