@@ -92,14 +92,26 @@ class Journal:
         self._store, self._boot, self._now = store, boot, now
         data = store.read()
         self.records, good = decode(data)
+        self._length = good
         if good < len(data):
             logger.warning("journal: cutting a torn tail of %d bytes", len(data) - good)
             store.cut(good)
+        self._torn = False
 
     def note(self, update: str, event: str, **data: Any) -> Record:
-        """Append a record; on return it is on the disk."""
+        """Append a record; on return it is on the disk.
+
+        A full disk takes part of a record. What follows it would make that damage, at which no khod starts any more: so it is
+        cut off first.
+        """
         record = Record(self._now(), self._boot.boot_id, update, event, data)
-        self._store.append(encode(record))
+        line = encode(record)
+        if self._torn:
+            self._store.cut(self._length)
+        self._torn = True
+        self._store.append(line)
+        self._torn = False
+        self._length += len(line)
         self.records.append(record)
         return record
 

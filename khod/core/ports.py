@@ -318,7 +318,8 @@ class Store(Protocol):
         ...
 
     def append(self, data: bytes) -> None:
-        """Add `data` at the end. On return it is on the disk, and so is the directory entry."""
+        """Add `data` at the end. On return it is on the disk, and so is the directory entry; when it raises, a part of it
+        may be."""
         ...
 
     def cut(self, length: int) -> None:

@@ -43,7 +43,7 @@ class Fault:
     forever: bool = False
     """Whether each later call fails as well."""
     torn: str = ""
-    """For store_append: what reaches the disk before the process dies: 'half' of the data, or as many 'nuls'."""
+    """For store_append: what reaches the disk all the same: 'half' of the data, or as many 'nuls'."""
     pid: int = 0
     """Only calls of this process count; 0: everybody's."""
     victims: tuple[str, ...] = (CALLER,)
@@ -76,8 +76,8 @@ class Faults:
         self.add(Fault(call, nth, after=after, torn=torn, pid=pid, victims=victims))
 
     def full_disk(self) -> None:
-        """Nothing more can be written to the disk."""
-        self.fail("store_append", ENOSPC, forever=True)
+        """The disk takes the first part of what is written to it, and no more."""
+        self.add(Fault("store_append", 1, errno=ENOSPC, torn="half", forever=True))
 
     def read_only_disk(self) -> None:
         """The disk cannot be changed."""

@@ -210,12 +210,12 @@ class Kernel:
 
     def _strike(self, fault: Fault, name: str, task: Task, args: tuple[Any, ...]) -> None:
         """Raise what a fault before the call means; returns when the caller lives through it."""
+        if fault.torn:
+            self.host.store_torn(args[0], fault.torn)
         if fault.errno:
             if name in ("retrieve_fd", "kernel_retrieve_fd"):
                 self.luo.retrieve_failed(task, fault.errno, *args)
             raise OSError(fault.errno, "injected")
-        if fault.torn:
-            self.host.store_torn(args[0], fault.torn)
         self.end(*self._victims(fault, task))
         if task.dead:
             raise ProcessDied(f"{task.name}[{task.pid}] died in {name}")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 from __future__ import annotations
 
+import errno
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from khod.core.journal import Journal, Record, decode, encode
 from khod.core.ports import Boot
 from khod.core.state import State
-from khod.errors import JournalError
+from khod.errors import JournalError, MachineError
 
 BOOT = Boot("boot-1", "7.3.4", handover=False)
 
@@ -64,6 +66,26 @@ def test_a_torn_tail_is_cut_and_what_was_durable_stays(cut: int, nuls: int) -> N
     last = journal(store).last_state()
     assert last is not None
     assert last.state is State.ABORTED
+
+
+def test_a_record_that_the_disk_took_in_part_is_no_damage() -> None:
+    class Full(MemoryStore):
+        full = True
+
+        def append(self, data: bytes) -> None:
+            super().append(data[:7] if self.full else data)
+            if self.full:
+                raise MachineError("append", errno=errno.ENOSPC)
+
+    store = Full()
+    one = journal(store)
+    for _ in range(2):
+        with pytest.raises(MachineError):
+            one.note("u1", "state", state=State.PREPARING)
+    store.full = False
+    one.note("u2", "state", state=State.PREPARING)
+    one.note("u2", "state", state=State.ABORTED)
+    assert [(r.update, r.state) for r in journal(store).records] == [("u2", State.PREPARING), ("u2", State.ABORTED)]
 
 
 @given(st.data())
