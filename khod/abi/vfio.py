@@ -18,6 +18,7 @@ def _io(nr: int) -> int:
 
 VFIO_DEVICE_GET_INFO = _io(7)
 VFIO_DEVICE_GET_REGION_INFO = _io(8)
+VFIO_DEVICE_GET_IRQ_INFO = _io(9)
 VFIO_DEVICE_SET_IRQS = _io(10)
 VFIO_DEVICE_RESET = _io(11)
 VFIO_DEVICE_FEATURE = _io(17)
@@ -27,6 +28,8 @@ VFIO_DEVICE_DETACH_IOMMUFD_PT = _io(20)
 
 VFIO_DEVICE_FLAGS_RESET = 1
 VFIO_PCI_CONFIG_REGION_INDEX = 7
+VFIO_PCI_BARS, VFIO_PCI_INTERRUPTS = range(6), range(3)
+"""Indices: BAR 0 to 5; INTx, MSI, MSI-X."""
 VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_ACTION_TRIGGER = 4, 0x20
 
 FEATURE_GET, FEATURE_SET = 0x10000, 0x20000
@@ -52,6 +55,7 @@ PCI_CACHE_LINE_SIZE, PCI_BASE_ADDRESS_0, PCI_CARDBUS_CIS, PCI_ROM_ADDRESS, PCI_I
 
 _INFO = Struct("=IIIII4x")  # argsz, flags, regions, irqs, offset of capabilities
 _REGION = Struct("=IIIIQQ")  # argsz, flags, index, offset of capabilities, size, offset
+_IRQ = Struct("=IIII")  # argsz, flags, index, count
 _IRQS = Struct("=IIIII")  # argsz, flags, index, start, count; then the data
 _BIND = Struct("=IIiIQ")  # argsz, flags, iommufd, out device number, address of a token
 _ATTACH = Struct("=IIII")  # argsz, flags, IOAS (out: page table), pasid
@@ -80,6 +84,16 @@ def region_of(answer: bytearray) -> tuple[int, int]:
     """Size of a region, and where in the device's file it begins."""
     *_, size, offset = _REGION.unpack(answer)
     return size, offset
+
+
+def get_irq_info(index: int) -> bytearray:
+    """``struct vfio_irq_info``."""
+    return bytearray(_IRQ.pack(_IRQ.size, 0, index, 0))
+
+
+def irq_count_of(answer: bytearray) -> int:
+    """How many vectors there are."""
+    return int(_IRQ.unpack(answer)[3])
 
 
 def set_irq(index: int, eventfd: int) -> bytearray:

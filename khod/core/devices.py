@@ -123,6 +123,11 @@ class Devices(Protocol):
         """Have its DMA go through that IOAS of its iommufd."""
         ...
 
+    def shape(self, device: int) -> Sequence[int]:
+        """What a client has to do with: the sizes of its six BARs, and how many interrupts of each kind there are (INTx, MSI,
+        MSI-X)."""
+        ...
+
     def read_config(self, device: int, offset: int, length: int) -> bytes:
         """Of its configuration space: up to `length` bytes, as many as there are."""
         ...

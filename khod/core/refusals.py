@@ -159,7 +159,7 @@ REFUSALS: dict[str, _Kinds] = {
 }
 DEVICE_CALLS = (
     "open_iommu", "ioas_alloc", "iova_ranges", "huge_pages_option", "map_file", "unmap", "look", "override", "open_vfio",
-    "address", "bind", "attach", "read_config", "write_config", "migration", "set_state", "read_state", "write_state",
+    "address", "bind", "attach", "shape", "read_config", "write_config", "migration", "set_state", "read_state", "write_state",
 )  # fmt: skip
 """Methods of `khod.core.devices.Devices`; `open_device` goes by another name here."""
 _OTHERWISE: dict[str, type[MachineError]] = {

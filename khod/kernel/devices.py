@@ -164,6 +164,20 @@ class KernelDevices:
         with refused("attach", f"descriptor {device} to IOAS {ioas}"):
             fcntl.ioctl(device, vfio.VFIO_DEVICE_ATTACH_IOMMUFD_PT, vfio.attach(ioas))
 
+    def shape(self, device: int) -> Sequence[int]:
+        """See the port."""
+        found = []
+        with refused("shape", f"descriptor {device}"):
+            for index in vfio.VFIO_PCI_BARS:
+                region = vfio.get_region_info(index)
+                fcntl.ioctl(device, vfio.VFIO_DEVICE_GET_REGION_INFO, region)
+                found.append(vfio.region_of(region)[0])
+            for index in vfio.VFIO_PCI_INTERRUPTS:
+                interrupts = vfio.get_irq_info(index)
+                fcntl.ioctl(device, vfio.VFIO_DEVICE_GET_IRQ_INFO, interrupts)
+                found.append(vfio.irq_count_of(interrupts))
+        return found
+
     def _config(self, device: int) -> tuple[int, int]:
         answer = vfio.get_region_info(vfio.VFIO_PCI_CONFIG_REGION_INDEX)
         fcntl.ioctl(device, vfio.VFIO_DEVICE_GET_REGION_INFO, answer)

@@ -48,6 +48,8 @@ class Card:
     vendor: int = 0x1234
     subsystem: int = 0x1100
     revision: int = 0x10
+    shape: tuple[int, ...] = (1 << 20, 0, 0, 0, 0, 0, 1, 1, 0)
+    """Sizes of BARs; interrupts by INTx, MSI, MSI-X."""
     registers: str = ""
     config: bytearray = field(default_factory=lambda: bytearray(CONFIG_SIZE))
     driver: str = ""
@@ -234,6 +236,7 @@ class DeviceCalls:
         return (
             *(self.open_iommu, self.ioas_alloc, self.iova_ranges, self.huge_pages_option, self.map_file, self.unmap),
             *(self.look, self.override, self.open_vfio, self.address, self.bind, self.attach),
+            self.shape,
             *(self.read_config, self.write_config, self.migration, self.set_state, self.read_state, self.write_state),
         )
 
@@ -392,6 +395,10 @@ class DeviceCalls:
             device.ioas.cards.remove(device.card)
         device.ioas = space
         space.cards.append(device.card)
+
+    def shape(self, task: Task, fd: int) -> list[int]:
+        """VFIO_DEVICE_GET_REGION_INFO and VFIO_DEVICE_GET_IRQ_INFO."""
+        return list(self._device(task, fd).card.shape)
 
     def read_config(self, task: Task, fd: int, offset: int, length: int) -> bytes:
         """pread(2) of the configuration space."""

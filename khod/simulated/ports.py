@@ -357,6 +357,9 @@ class Devices(_Port):
     def attach(self, device: int, ioas: int) -> None:
         self._call(f"descriptor {device} to IOAS {ioas}", "attach", device, ioas)
 
+    def shape(self, device: int) -> list[int]:
+        return [int(n) for n in self._call(f"descriptor {device}", "shape", device)]
+
     def read_config(self, device: int, offset: int, length: int) -> bytes:
         return bytes(self._call(f"descriptor {device}", "read_config", device, offset, length))
 

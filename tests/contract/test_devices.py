@@ -112,6 +112,7 @@ def test_nothing_can_be_done_before_it_is_bound_which_it_is_once(rig: Rig, devic
     ioas = devices.ioas_alloc(iommufd)
     refused(EINVAL, lambda: devices.read_config(device, 0, 4))
     refused(EINVAL, lambda: devices.attach(device, ioas))
+    refused(EINVAL, lambda: devices.shape(device))
     devices.bind(device, iommufd)
     refused(EINVAL, lambda: devices.bind(device, iommufd))
     refused(ENOENT, lambda: devices.attach(device, ioas + 7))
@@ -160,6 +161,10 @@ def test_configuration_space_is_read_and_written_and_a_closed_device_does_no_dma
     rig.machine.files.close(it.device)
     again = Attached(rig)
     assert not command(again.device) & PCI_COMMAND_MASTER
+
+
+def test_a_device_has_regions_and_interrupts(rig: Rig, devices: Devices) -> None:
+    assert list(devices.shape(Attached(rig).device)) == [1 << 20, 0, 0, 0, 0, 0, 1, 1, 0], "as QEMU's edu is documented"
 
 
 def test_one_that_does_not_migrate_says_so(rig: Rig, devices: Devices) -> None:

@@ -232,9 +232,13 @@ def change(world: World, *cards: Card) -> None:
         ([Card(NIC)], "there is no device at 0000:00:04.0"),
         ([Card(EDU, device=0x1234)], r"is 1234:1234 .*, it was 1234:11e8"),
         ([Card(EDU, driven_by="edu")], "is driven by edu"),
+        (
+            [Card(EDU, shape=(1 << 16, 0, 0, 0, 0, 0, 1, 0, 5))],
+            "has BAR 0 of 0x10000, interrupts: 1 INTx, 0 MSI, 5 MSI-X; it had BAR 0 of 0x100000, interrupts: 1 INTx, 1 MSI,",
+        ),
         ([Card(EDU), Card(NIC, driven_by="nic")], r"shares IOMMU group 1 with 0000:00:05.0 \(driven by nic\)"),
     ],
-    ids=["missing", "another", "claimed by another driver", "group shared"],
+    ids=["missing", "another", "claimed by another driver", "another shape", "group shared"],
 )
 def test_a_device_that_is_not_as_it_was_is_not_handed_out(world: World, cards: list[Card], says: str) -> None:
     async def scenario() -> None:

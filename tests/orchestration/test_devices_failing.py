@@ -19,7 +19,7 @@ from tests.orchestration.world import World
 
 MAPPING = ("open_iommu", "ioas_alloc", "iova_ranges", "huge_pages_option", "map_file")
 """Calls that only making mappings makes."""
-BINDING = ("look", "override", "open_vfio", "bind", "attach", "write_config")
+BINDING = ("look", "override", "open_vfio", "bind", "shape", "attach", "write_config")
 MIGRATING = ("set_state", "write_state")
 RELEASES = {"carried": Release(), "native": Release(preserves=("iommufd", "vfio"))}
 

@@ -72,9 +72,10 @@ def test_an_update_with_one_that_is_undone_lets_it_go_on(world: World) -> None:
         ([Card(NIC)], "retrieve_fd"),
         ([Card(EDU, device=0x1234)], r"is 1234:1234 .*, it was 1234:11e8"),
         ([Card(EDU, driven_by="edu")], "retrieve_fd"),
+        ([Card(EDU, shape=(0,) * 9)], "has no BARs, "),
         ([Card(EDU), Card(NIC, driven_by="nic")], r"shares IOMMU group 1 with 0000:00:05.0 \(driven by nic\)"),
     ],
-    ids=["missing", "another", "claimed by another driver", "group shared"],
+    ids=["missing", "another", "claimed by another driver", "another shape", "group shared"],
 )
 def test_one_that_is_not_as_it_was_is_not_handed_out(world: World, cards: list[Card], says: str) -> None:
     async def scenario() -> None:

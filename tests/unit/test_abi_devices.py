@@ -33,6 +33,7 @@ def test_iommufd(name: str, number: int, made: bytearray, size: int) -> None:
     [
         ("VFIO_DEVICE_GET_INFO", 0x3B6B, vfio.get_info(), 24),
         ("VFIO_DEVICE_GET_REGION_INFO", 0x3B6C, vfio.get_region_info(7), 32),
+        ("VFIO_DEVICE_GET_IRQ_INFO", 0x3B6D, vfio.get_irq_info(1), 16),
         ("VFIO_DEVICE_SET_IRQS", 0x3B6E, vfio.set_irq(1, 9), 24),
         ("VFIO_DEVICE_RESET", 0x3B6F, None, 0),
         ("VFIO_DEVICE_FEATURE", 0x3B75, vfio.get_u64(vfio.FEATURE_MIGRATION), 16),
@@ -57,5 +58,6 @@ def test_fields_are_where_the_kernel_has_them() -> None:
     assert iommufd.value_of(bytearray(struct.pack("=IIHHIQ", 24, 1, 1, 0, 1, 9))) == 9
     assert struct.unpack("=IIIIIi", vfio.set_irq(1, 9)) == (24, 0x24, 1, 0, 1, 9)
     assert vfio.region_of(bytearray(struct.pack("=IIIIQQ", 32, 0, 7, 0, 256, 7 << 40))) == (256, 7 << 40)
+    assert vfio.irq_count_of(bytearray(struct.pack("=IIII", 16, 1, 2, 33))) == 33
     assert struct.unpack("=IIIi", vfio.set_state(MigrationState.STOP_COPY)) == (16, 0x20002, 3, -1)
     assert vfio.data_fd_of(bytearray(struct.pack("=IIIi", 16, 0, 3, 11))) == 11

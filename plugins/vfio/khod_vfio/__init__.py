@@ -54,7 +54,7 @@ def khod_declare(machine: Machine, request: Request) -> Declaration:
     if device is None:
         raise Refused(f"{request.name}: no device at {address} any more")
     try:
-        size = machine.devices.migration(fd)
+        size, shape = machine.devices.migration(fd), machine.devices.shape(fd)
     except DeviceUnusable as error:
         raise Refused(
             f"{request.name}: {address} cannot be used: {error.message}", hint="bind it to its iommufd before you register it"
@@ -70,6 +70,7 @@ def khod_declare(machine: Machine, request: Request) -> Declaration:
             "address": cells.string(address),
             "identity": cells.u32s(device.identity),
             "resets": cells.u32(device.resets),
+            "shape": cells.u64s(shape),
             "command": cells.u32(0),
         },
         size=sum(state.size for state in states),
@@ -245,6 +246,7 @@ def khod_restore(instance: Instance) -> Mapping[str, int]:
     fd = machine.devices.open_device(device.address)
     try:
         machine.devices.bind(fd, fds[IOMMUFD])
+        _same_shape(instance, device, fd)
         machine.devices.attach(fd, ioas)
         command = _command_of(config)
         _command(instance, fd, command & ~PCI_COMMAND_MASTER)
@@ -261,11 +263,28 @@ def khod_restore(instance: Instance) -> Mapping[str, int]:
     return {DEVICE: fd}
 
 
+def _same_shape(instance: Instance, device: PciDevice, fd: int) -> None:
+    """Whether a client finds what it had. Raises DeviceUnusable: the same chip with other firmware may have other BARs."""
+    now, then = tuple(instance.machine.devices.shape(fd)), cells.as_u64s(instance, "shape")
+    if now != then:
+        raise DeviceUnusable(
+            f"{instance.name}: the device at {device.address} has {_shape(now)}; it had {_shape(then)}",
+            hint="its firmware, or what the new kernel lets through of it, is another",
+        )
+
+
+def _shape(numbers: Sequence[int]) -> str:
+    bars = ", ".join(f"BAR {index} of {size:#x}" for index, size in enumerate(numbers[:6]) if size) or "no BARs"
+    kinds = zip(numbers[6:], ("INTx", "MSI", "MSI-X"), strict=False)
+    return f"{bars}, interrupts: {', '.join(f'{count} {kind}' for count, kind in kinds)}"
+
+
 def _came(instance: Instance, device: PciDevice) -> None:
     """The kernel preserved it: all that was changed in freeze is set back. Raises FormatError for a descriptor of another."""
     fd = instance.fds[DEVICE]
     if (address := instance.machine.devices.address(fd)) != device.address:
         raise FormatError(f"{instance.name}: what came through is the device at {address}, it was that at {device.address}")
+    _same_shape(instance, device, fd)
     _command(instance, fd, cells.as_u32(instance, "command"))
 
 
