@@ -18,16 +18,16 @@ from dataclasses import replace
 
 from khod.abi import cells, ioas_table
 from khod.abi.vfio import PCI_COMMAND, PCI_COMMAND_INTX_DISABLE, PCI_COMMAND_MASTER, MigrationState
-from khod.core.devices import Neighbour, PciDevice
+from khod.core.devices import PciDevice
 from khod.core.driver import Continuity, Strategy
 from khod.core.ports import Machine
 from khod.errors import DeviceUnusable, FormatError, InvalidRequest, Refused, UpdateFailed
 from khod.plugin import Declaration, Instance, Preserve, Request, StateBound, hookimpl, probing
 from khod_vfio.config import writable
+from khod_vfio.identity import find, named, same_shape
 
 COMPATIBLE = "khod,vfio-v1"
 DEVICE, IOMMUFD, TABLE = "device", "iommufd", "table"
-DRIVER = "vfio-pci"
 CONFIG_SIZE = 4096
 """The most that there is of a configuration space."""
 SLACK = 1 << 20
@@ -96,44 +96,6 @@ def khod_settle(instance: Instance, declared: Declaration) -> Declaration | None
         strategy=Strategy.NATIVE,
         continuity=Continuity.PRESERVED,
     )
-
-
-def find(instance: Instance) -> PciDevice:
-    """The device that was registered, if it is there and nobody else's. Raises DeviceUnusable with the reason."""
-    address = cells.as_string(instance, "address")
-    device = instance.machine.devices.look(address)
-    if device is None:
-        hint = "was it unplugged, or has its slot another number now?"
-        raise DeviceUnusable(f"{instance.name}: there is no device at {address}", hint=hint)
-    identity = cells.as_u32s(instance, "identity")
-    if device.identity != identity:
-        raise DeviceUnusable(
-            f"{instance.name}: the device at {address} is {_named(device.identity)}, it was {_named(identity)}",
-            hint="another device is in its place: it is not given to this guest",
-        )
-    if device.driver not in ("", DRIVER):
-        raise DeviceUnusable(
-            f"{instance.name}: {address} is driven by {device.driver}",
-            hint=f"keep that driver from it: vfio-pci.ids=, or driver_override before {device.driver} is loaded",
-        )
-    if not device.group:
-        raise DeviceUnusable(f"{instance.name}: no IOMMU stands before {address}", hint="is the IOMMU switched on?")
-    if strangers := [other for other in device.neighbours if not _ours(other)]:
-        raise DeviceUnusable(
-            f"{instance.name}: {address} shares IOMMU group {device.group} with"
-            f" {', '.join(f'{other.address} (driven by {other.driver})' for other in strangers)}",
-            hint=f"devices of one group can reach each other: bind all of them to {DRIVER}, or to no driver",
-        )
-    return device
-
-
-def _ours(other: Neighbour) -> bool:
-    return other.bridge or other.driver in ("", DRIVER)
-
-
-def _named(identity: Sequence[int]) -> str:
-    vendor, device, subsystem_vendor, subsystem, revision = identity
-    return f"{vendor:04x}:{device:04x} ({subsystem_vendor:04x}:{subsystem:04x}) revision {revision:#x}"
 
 
 def iommu(instance: Instance) -> str:
@@ -227,7 +189,7 @@ def khod_describe(instance: Instance) -> Mapping[str, str]:
         inside = "lost: it is reset when it is opened"
     else:
         inside = "as the hardware has it: nothing resets it, and nobody vouches for it"
-    return {"device": f"{_named(cells.as_u32s(instance, 'identity'))} at {address}", "its own state": inside}
+    return {"device": f"{named(cells.as_u32s(instance, 'identity'))} at {address}", "its own state": inside}
 
 
 @hookimpl
@@ -246,7 +208,7 @@ def khod_restore(instance: Instance) -> Mapping[str, int]:
     fd = machine.devices.open_device(device.address)
     try:
         machine.devices.bind(fd, fds[IOMMUFD])
-        _same_shape(instance, device, fd)
+        same_shape(instance, device, fd)
         machine.devices.attach(fd, ioas)
         command = _command_of(config)
         _command(instance, fd, command & ~PCI_COMMAND_MASTER)
@@ -263,28 +225,12 @@ def khod_restore(instance: Instance) -> Mapping[str, int]:
     return {DEVICE: fd}
 
 
-def _same_shape(instance: Instance, device: PciDevice, fd: int) -> None:
-    """Whether a client finds what it had. Raises DeviceUnusable: the same chip with other firmware may have other BARs."""
-    now, then = tuple(instance.machine.devices.shape(fd)), cells.as_u64s(instance, "shape")
-    if now != then:
-        raise DeviceUnusable(
-            f"{instance.name}: the device at {device.address} has {_shape(now)}; it had {_shape(then)}",
-            hint="its firmware, or what the new kernel lets through of it, is another",
-        )
-
-
-def _shape(numbers: Sequence[int]) -> str:
-    bars = ", ".join(f"BAR {index} of {size:#x}" for index, size in enumerate(numbers[:6]) if size) or "no BARs"
-    kinds = zip(numbers[6:], ("INTx", "MSI", "MSI-X"), strict=False)
-    return f"{bars}, interrupts: {', '.join(f'{count} {kind}' for count, kind in kinds)}"
-
-
 def _came(instance: Instance, device: PciDevice) -> None:
     """The kernel preserved it: all that was changed in freeze is set back. Raises FormatError for a descriptor of another."""
     fd = instance.fds[DEVICE]
     if (address := instance.machine.devices.address(fd)) != device.address:
         raise FormatError(f"{instance.name}: what came through is the device at {address}, it was that at {device.address}")
-    _same_shape(instance, device, fd)
+    same_shape(instance, device, fd)
     _command(instance, fd, cells.as_u32(instance, "command"))
 
 
