@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Devices of the simulated machine, the IOMMU before them, and the system calls that drive both.
+"""The system calls that drive devices and the IOMMU before them, on the simulated machine.
 
-A `Card` is hardware: it does DMA by itself (`Card.dma`, which a test calls in its stead), through the IOAS that it is attached
-to and as long as its bus master bit is set; a kexec leaves its registers as they are. The kernel turns bus mastering off at
-a jump, as Linux does. `plug` puts a card into a machine that is off.
+The kernel turns bus mastering off at a jump, as Linux does, but for devices that it preserves.
 """
 
 from __future__ import annotations
@@ -11,166 +9,31 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from khod.abi.ioas_table import Mapping
 from khod.abi.iommufd import IOMMU_IOAS_MAP_READABLE, IOMMU_IOAS_MAP_WRITEABLE
-from khod.abi.vfio import PCI_COMMAND, PCI_COMMAND_MASTER, MigrationState
+from khod.abi.vfio import PCI_COMMAND_MASTER, MigrationState
+from khod.simulated.cards import (
+    CARDS_FILE,
+    CONFIG_SIZE,
+    REGISTERS_FILE,
+    Card,
+    Ioas,
+    Iommufd,
+    MigrationData,
+    VfioDevice,
+)
 from khod.simulated.inode import Inode, OpenFile
 from khod.simulated.luo import LiveUpdate
 from khod.simulated.record import FileRecord
 from khod.simulated.shmem import Shmem
 from khod.simulated.task import Task
 
-CARDS_FILE = "cards.json"
-REGISTERS_FILE = "registers.json"
-"""What cards bring through a jump: they are not part of what kernels hand over."""
-CONFIG_SIZE = 256
 APERTURE = (1 << 39) - 1
 """The last IOVA of a domain."""
 VFIO = "vfio-pci"
-
-
-@dataclass(eq=False)
-class Card:
-    """A PCI device. `migrates`: it offers migration of what it has in its registers. `resets`: opening it clears them."""
-
-    address: str
-    device: int = 0x11E8
-    group: str = "1"
-    migrates: bool = False
-    resets: bool = False
-    reserved: tuple[tuple[int, int], ...] = ((0xFEE00000, 0xFEEFFFFF),)
-    driven_by: str = ""
-    """The driver of the kernel's own that takes it at boot."""
-    vendor: int = 0x1234
-    subsystem: int = 0x1100
-    revision: int = 0x10
-    shape: tuple[int, ...] = (1 << 20, 0, 0, 0, 0, 0, 1, 1, 0)
-    """Sizes of BARs; interrupts by INTx, MSI, MSI-X."""
-    registers: str = ""
-    config: bytearray = field(default_factory=lambda: bytearray(CONFIG_SIZE))
-    driver: str = ""
-    file: VfioDevice | None = None
-    """Open and bound."""
-    faults: list[int] = field(default_factory=list)
-    """IOVAs that the IOMMU did not let it at."""
-
-    @property
-    def command(self) -> int:
-        """The command register."""
-        return int.from_bytes(self.config[PCI_COMMAND : PCI_COMMAND + 2], "little")
-
-    @command.setter
-    def command(self, value: int) -> None:
-        self.config[PCI_COMMAND : PCI_COMMAND + 2] = value.to_bytes(2, "little")
-
-    def dma(self, iova: int, data: bytes) -> bool:
-        """Write to memory, as it does when it likes; whether that got anywhere."""
-        file = self.file
-        running = file is not None and file.state is MigrationState.RUNNING
-        if not (running and self.command & PCI_COMMAND_MASTER) or file is None:
-            return False
-        found = file.target(iova, len(data))
-        if found is None:
-            self.faults.append(iova)
-            return False
-        shmem, offset = found
-        shmem.write(offset, data)
-        return True
-
-
-@dataclass(eq=False)
-class Ioas:
-    """Mappings, by their IOVA, each with the file that it pins."""
-
-    mapped: dict[int, tuple[Mapping, OpenFile]] = field(default_factory=dict)
-    huge_pages: bool = True
-    cards: list[Card] = field(default_factory=list)
-
-
-class Iommufd(Inode):
-    """What a descriptor of /dev/iommu leads to."""
-
-    def __init__(self) -> None:
-        super().__init__("iommufd")
-        self.number = 1  # that of the node by which all are opened
-        self.spaces: dict[int, Ioas] = {}
-
-    def inside(self, place: Callable[[OpenFile], tuple[str, int]]) -> str:
-        """All mappings, for a kernel that preserves iommufds."""
-        return json.dumps(
-            {
-                number: [space.huge_pages, [[list(mapping), *place(file)] for mapping, file in space.mapped.values()]]
-                for number, space in self.spaces.items()
-            }
-        )
-
-    def free(self) -> None:
-        """Everything is unmapped."""
-        for space in self.spaces.values():
-            for _, file in space.mapped.values():
-                file.put()
-        self.spaces.clear()
-
-
-class VfioDevice(Inode):
-    """What a descriptor of a device leads to."""
-
-    def __init__(self, card: Card) -> None:
-        super().__init__("vfio")
-        self.card = card
-        self.iommufd: OpenFile | None = None
-        self.ioas: Ioas | None = None
-        self.state = MigrationState.RUNNING
-        self.data: MigrationData | None = None
-
-    def builds_on(self) -> Inode | None:
-        """The iommufd that it is bound to."""
-        return self.iommufd.inode if self.iommufd is not None else None
-
-    def inside(self, place: Callable[[OpenFile], tuple[str, int]]) -> str:
-        """Which device, and what its DMA goes through, for a kernel that preserves such devices."""
-        assert self.iommufd is not None
-        assert isinstance(self.iommufd.inode, Iommufd)
-        spaces = self.iommufd.inode.spaces.items()
-        number = next((number for number, space in spaces if space is self.ioas), 0)
-        return json.dumps([self.card.address, *place(self.iommufd), number, self.state])
-
-    def target(self, iova: int, length: int) -> tuple[Shmem, int] | None:
-        """The memory behind an IOVA."""
-        for mapping, file in self.ioas.mapped.values() if self.ioas else ():
-            inside = mapping.iova <= iova and iova + length <= mapping.end
-            if inside and mapping.protection & IOMMU_IOAS_MAP_WRITEABLE and isinstance(file.inode, Shmem):
-                return file.inode, mapping.offset + iova - mapping.iova
-        return None
-
-    def free(self) -> None:
-        """The device is disabled."""
-        if self.card.file is self:
-            self.card.file = None
-            self.card.command &= ~PCI_COMMAND_MASTER
-        if self.ioas is not None:
-            self.ioas.cards.remove(self.card)
-        if self.iommufd is not None:
-            self.iommufd.put()
-
-
-class MigrationData(Inode):
-    """The stream of a device's state."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__("other")
-        self.data = bytearray(data)
-        self.at = 0
-
-
-def plug(directory: Path, *cards: Card) -> None:
-    """Put cards into a machine, in place of those that it has."""
-    own = ("config", "file", "faults", "driver")
-    (directory / CARDS_FILE).write_text(json.dumps([{k: v for k, v in vars(c).items() if k not in own} for c in cards]))
 
 
 def _bad(number: int, why: str) -> OSError:
@@ -206,8 +69,7 @@ class DeviceCalls:
         for number, (huge_pages, mapped) in json.loads(record.inside).items():
             space = iommufd.spaces[int(number)] = Ioas(huge_pages=huge_pages)
             for fields, session, token in mapped:
-                mapping = Mapping(*fields)
-                space.mapped[mapping.iova] = (mapping, self._luo.retrieved(session, token).get())
+                space.add(Mapping(*fields), self._luo.retrieved(session, token))
         return iommufd
 
     def _revive_device(self, address: str, session: str, token: int, ioas: int, state: int) -> VfioDevice:
@@ -292,20 +154,20 @@ class DeviceCalls:
             raise _bad(errno.EINVAL, f"descriptor {memory} has no such memory")
         if not new.protection & (IOMMU_IOAS_MAP_READABLE | IOMMU_IOAS_MAP_WRITEABLE):
             raise _bad(errno.EINVAL, "neither readable nor writeable")
-        if any(new.iova < old.end and old.iova < new.end for old, _ in space.mapped.values()):
+        if space.hits(new.iova, new.end):
             raise _bad(errno.EEXIST, "mapped already")
         if any(_hits(new, card) for card in space.cards):
             raise _bad(errno.EINVAL, "reserved")
-        space.mapped[new.iova] = (new, file.get())
+        space.add(new, file)
 
     def unmap(self, task: Task, fd: int, ioas: int, iova: int, length: int) -> int:
         """IOMMU_IOAS_UNMAP, of whole mappings."""
         space = self._space(task, fd, ioas)
-        hit = [m for m, _ in space.mapped.values() if m.iova < iova + length and iova < m.end]
+        hit = space.hits(iova, iova + length)
         if not hit or any(m.iova < iova or m.end > iova + length for m in hit):
             raise _bad(errno.ENOENT, "no whole mappings")
         for mapping in hit:
-            space.mapped.pop(mapping.iova)[1].put()
+            space.remove(mapping.iova)
         return sum(m.length for m in hit)
 
     # PCI.

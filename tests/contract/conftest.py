@@ -18,7 +18,7 @@ from khod.kernel.custody import KernelCustody
 from khod.kernel.liveupdate import KernelLiveUpdate
 from khod.kernel.machine import machine as kernel_machine
 from khod.simulated import create
-from khod.simulated.devices import Card, plug
+from khod.simulated.cards import Card, plug
 from khod.simulated.kernel import Kernel
 from tests.contract.rig import CARD, KernelRig, Rig, SimulatedRig
 

@@ -14,7 +14,7 @@ import pytest
 from khod.abi.vfio import PCI_COMMAND
 from khod.core.state import State
 from khod.simulated import machine
-from khod.simulated.devices import Card, plug
+from khod.simulated.cards import Card, plug
 from tests.orchestration.test_devices import EDU, IOVA, MASTER, Named, Rig
 from tests.orchestration.world import MIB, World
 

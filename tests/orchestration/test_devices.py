@@ -22,7 +22,7 @@ from khod.core.state import State
 from khod.errors import InvalidRequest, KhodError, Refused, UpdateFailed
 from khod.plugin import Instance, hookimpl
 from khod.simulated import ProcessDied, Release, machine, ports
-from khod.simulated.devices import REGISTERS_FILE, Card, plug
+from khod.simulated.cards import REGISTERS_FILE, Card, plug
 from khod.simulated.kernel import Kernel
 from tests.orchestration.world import ME, MIB, World
 

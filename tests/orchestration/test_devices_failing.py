@@ -13,7 +13,7 @@ import pytest
 from khod.core.state import State
 from khod.errors import KhodError
 from khod.simulated import Release
-from khod.simulated.devices import Card
+from khod.simulated.cards import Card
 from tests.orchestration.test_devices import EDU, IOVA, MASTER, NIC, Rig
 from tests.orchestration.world import World
 

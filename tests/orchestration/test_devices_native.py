@@ -13,7 +13,7 @@ from khod.core.driver import Continuity
 from khod.core.state import State
 from khod.errors import UpdateFailed
 from khod.simulated import ProcessDied, Release
-from khod.simulated.devices import Card
+from khod.simulated.cards import Card
 from tests.orchestration.test_devices import EDU, IOVA, MASTER, NIC, Rig, change
 from tests.orchestration.world import QUICK, World
 
