@@ -62,7 +62,9 @@ class Record:
         file = self._files.index(name) if name in self._files else len(self._files)
         protection = iommufd.IOMMU_IOAS_MAP_READABLE | (iommufd.IOMMU_IOAS_MAP_WRITEABLE if writable else 0)
         new = ioas_table.Mapping(iova, length, offset, file, protection)
-        at = bisect_left(self._mappings, new)
+        at = len(self._mappings)
+        if at and self._mappings[-1] > new:  # most come in ascending order
+            at = bisect_left(self._mappings, new)
         before = self._mappings[at - 1] if at else None
         after = self._mappings[at] if at < len(self._mappings) else None
         if (before and before.end > iova) or (after and after.iova < new.end):
