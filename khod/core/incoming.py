@@ -186,6 +186,7 @@ def _is_row(row: Any) -> bool:
         and all(isinstance(row.get(key), str) for key in ("name", "driver", "owner", "session"))
         and isinstance(row.get("fds"), list)
         and all(isinstance(name, str) for name in row["fds"])
+        and isinstance(row.get("size", 0), int)
     )
 
 
@@ -201,7 +202,7 @@ def _from_row(row: Mapping[str, Any]) -> Carried:
         session=row["session"],
         fds=tuple(row["fds"]),
         memory=(),
-        sizes=(),
+        sizes=(row.get("size", 0),),
         states=(),
         bounds=(),
         frames=(),

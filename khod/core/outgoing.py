@@ -36,6 +36,8 @@ class Part:
     """Descriptor, and how many of its windows are in the tracker."""
     sample: Sample | None = None
     content: bytes = b""
+    sizes: tuple[int, ...] = ()
+    """Bytes of each of `memory`, then of each state's memfd."""
 
     def memory(self) -> list[int]:
         """Descriptors with folios behind them that are in the instance's session, in token order."""
@@ -193,6 +195,7 @@ class Outgoing:
         fds = entry.declaration.fds
         areas = list(entry.states.values())
         stat = self.machine.files.stat
+        part.sizes = tuple(stat(fd).size for fd in [*part.memory(), *(a.fd for a in areas)])
         seen = part.sample
         if draft:
             seen = Sample((0,) * self.settings.sample_pages, 0, bytes(DIGEST))
@@ -208,7 +211,7 @@ class Outgoing:
             session=entry.session_name,
             fds=tuple(p.name for p in fds),
             memory=tuple(i for i, p in enumerate(fds) if p.folios and p.name not in entry.shares),
-            sizes=tuple(stat(fd).size for fd in [*part.memory(), *(a.fd for a in areas)]),
+            sizes=part.sizes,
             states=tuple(a.bound.name for a in areas),
             bounds=tuple(a.bound.size for a in areas),
             bulk=tuple(a.bound.name for a in areas if a.bound.bulk),
@@ -237,6 +240,7 @@ class Outgoing:
                 "session": part.entry.session_name,
                 "grade": part.entry.grade,
                 "fds": [p.name for p in part.entry.declaration.fds],
+                "size": sum(part.sizes),
                 "shares": flat_shares(part.entry.shares),
             }
             for part in self.parts.values()

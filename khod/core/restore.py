@@ -74,11 +74,15 @@ class Restorer:
         return list(entries.values())
 
     async def take_custody(self, carried: list[Carried]) -> list[Entry]:
-        """Retrieve the sessions and descriptors of instances whose bookkeeping failed; nothing is compared."""
+        """Retrieve the sessions and descriptors of instances whose bookkeeping failed, as far as that is proven to succeed;
+        nothing is compared."""
         carried = [c for c in carried if c.session not in self.book.contents.over]
         entries = {c.key: self._entry(c) for c in carried}
+        await blocking(self._prove, list(entries.values()), {c.key: c for c in carried})
         for one in carried:
             entry = entries[one.key]
+            if entry.state is InstanceState.WAITING:
+                continue
             entry.state, entry.problem = InstanceState.DAMAGED, f"not verified: {self.incoming.verdict}"
             try:
                 await blocking(self._retrieve, entry, one, entries)

@@ -177,6 +177,33 @@ def test_corrupt_bookkeeping_stops_the_restore_and_loses_nothing(world: World, w
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("what", ["map_fd", "tree_fd"])
+def test_corrupt_bookkeeping_is_no_reason_to_retrieve_what_could_be_lost_by_it(world: World, what: str) -> None:
+    """Decision 19: the sizes are known by the tree, or else by the journal."""
+
+    async def scenario() -> None:
+        host = await world.khod()
+        await world.register("small", world.memory(4096))
+        await world.register("large", world.memory(8 * MIB))
+        task = await world.held(State.FROZEN)
+        corrupt(world, what, 60 if what == "tree_fd" else 20)
+        await host.proceed()
+        await asyncio.wait([task])
+        world.boot()
+        world.workload.limit_custody(memory=4 * MIB)
+        host = await world.khod()
+        assert host.state is State.FAILED
+        assert {e.name: str(e.state) for e in host.registry} == {"small": "damaged", "large": "waiting"}
+        assert (await host.claim(ME, "large", unverified=True)).answer == "hold"
+        world.workload.limit_custody(memory=16 * MIB)
+        world.kill(world.process)
+        await world.khod()
+        process, fd = await world.claimed("large", unverified=True)
+        assert world.intact(fd, 8 * MIB, process=process)
+
+    asyncio.run(scenario())
+
+
 def test_bytes_that_changed_on_the_way_damage_that_instance_alone(world: World) -> None:
     async def scenario() -> None:
         host = await world.khod()
