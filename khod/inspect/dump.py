@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from struct import Struct
-from typing import NamedTuple
 
 from khod.errors import FormatError, InvalidRequest
 from khod.folio.units import PAGE_SIZE, PHYS_BITS, Range, merged
 from khod.inspect.source import Deadline, trees_in
+from khod.kernel.memory import Segment, read_segments
 
 _EHDR = Struct("<16sHHIQQQIHHHHHH")
 _PHDR = Struct("<IIQQQQQQ")
@@ -21,14 +21,6 @@ MAX_SEGMENTS = 0xFFFF
 NO_ADDRESS = (1 << 64) - 1
 """p_paddr of what is not memory, in /proc/kcore."""
 _COMPRESSED = (b"KDUMP   ", b"makedumpfile")
-
-
-class Segment(NamedTuple):
-    """A piece of memory, and where the file has it."""
-
-    start: int
-    end: int
-    offset: int
 
 
 class Dump:
@@ -91,17 +83,7 @@ class Dump:
 
     def read(self, phys: int, length: int) -> bytes:
         """See PhysicalMemory."""
-        parts = []
-        while length > 0:
-            segment = next((s for s in self._segments if s.start <= phys < s.end), None)
-            if segment is None:
-                raise ValueError(f"{self.name} has no memory at {phys:#x}")
-            part = os.pread(self._fd, min(length, segment.end - phys), segment.offset + phys - segment.start)
-            if not part:
-                raise ValueError(f"{self.name} ends before {phys:#x}")
-            parts.append(part)
-            phys, length = phys + len(part), length - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return read_segments(self._fd, self._segments, phys, length, self.name)
 
     def ram(self) -> tuple[Range, ...]:
         """What is in the file."""

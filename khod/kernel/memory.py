@@ -12,6 +12,7 @@ import os
 import re
 import struct
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +28,28 @@ _PT_LOAD = 1
 _NO_ADDRESS = (1 << 64) - 1
 
 
-class _Segment(NamedTuple):
-    phys: int
+class Segment(NamedTuple):
+    """A piece of memory, and where a file has it."""
+
+    start: int
     end: int
     offset: int
+
+
+def read_segments(file: int, segments: Sequence[Segment], phys: int, length: int, name: str) -> bytes:
+    """Bytes of physical memory out of a file that has it in these segments: of two that overlap the first is asked. Raises
+    ValueError with `name` for what is in none, or beyond the file's end."""
+    parts = []
+    while length > 0:
+        segment = next((s for s in segments if s.start <= phys < s.end), None)
+        if segment is None:
+            raise ValueError(f"{name} has no memory at {phys:#x}")
+        part = os.pread(file, min(length, segment.end - phys), segment.offset + phys - segment.start)
+        if not part:
+            raise ValueError(f"{name}: memory at {phys:#x} cannot be read")
+        parts.append(part)
+        phys, length = phys + len(part), length - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class KernelMemory:
@@ -39,22 +58,12 @@ class KernelMemory:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kcore = -1
-        self._segments: tuple[_Segment, ...] = ()
+        self._segments: tuple[Segment, ...] = ()
 
     def read(self, phys: int, length: int) -> bytes:
         """See the port. Raises MachineError when /proc/kcore may not be opened."""
         self._open()
-        parts = []
-        while length > 0:
-            segment = next((s for s in self._segments if s.phys <= phys < s.end), None)
-            if segment is None:
-                raise ValueError(f"no memory at physical address {phys:#x}")
-            part = os.pread(self._kcore, min(length, segment.end - phys), segment.offset + phys - segment.phys)
-            if not part:
-                raise ValueError(f"memory at physical address {phys:#x} cannot be read")
-            parts.append(part)
-            phys, length = phys + len(part), length - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return read_segments(self._kcore, self._segments, phys, length, "/proc/kcore")
 
     def free_huge_pages(self, page_size: int) -> int:
         """See the port."""
@@ -132,7 +141,7 @@ class KernelMemory:
                 self._kcore = fd
 
 
-def _segments(kcore: int) -> tuple[_Segment, ...]:
+def _segments(kcore: int) -> tuple[Segment, ...]:
     header = _EHDR.unpack(os.pread(kcore, _EHDR.size, 0))
     phoff, phentsize, phnum = header[5], header[9], header[10]
     table = os.pread(kcore, phentsize * phnum, phoff)
@@ -140,9 +149,9 @@ def _segments(kcore: int) -> tuple[_Segment, ...]:
     for at in range(0, len(table), phentsize):
         kind, _flags, offset, _vaddr, paddr, _filesz, memsz, _align = _PHDR.unpack_from(table, at)
         if kind == _PT_LOAD and paddr != _NO_ADDRESS and memsz:
-            found.add(_Segment(paddr, paddr + memsz, offset))
+            found.add(Segment(paddr, paddr + memsz, offset))
     # The kernel's text appears a second time, at its own virtual address: the long segments, RAM's own, are asked first.
-    return tuple(sorted(found, key=lambda s: s.phys - s.end))
+    return tuple(sorted(found, key=lambda s: s.start - s.end))
 
 
 def _movable_used(zoneinfo: str) -> int:
