@@ -17,15 +17,11 @@ from khod.core.state import State
 from khod.core.views import LifecycleView
 from khod.errors import Refused, UpdateFailed
 from khod.simulated import Process, ProcessDied, machine
-from tests.orchestration.world import ME, MIB, QUICK, Guest, Hear, Recorder, Scripted, World, caller, settled
+from tests.orchestration.world import ME, MIB, QUICK, Guest, Hear, Recorder, Scripted, World, caller, refused, settled, vanish
 
 
 async def no(client: Scripted, view: LifecycleView) -> None:
     await client.host.failed(client.me, view.update, view.phase, [], "the disk is busy")
-
-
-async def vanish(client: Scripted, view: LifecycleView) -> None:
-    client.link.end()
 
 
 def once(quiet_for: float) -> Hear:
@@ -38,16 +34,6 @@ def once(quiet_for: float) -> Hear:
         call.connection.end()  # type: ignore[attr-defined]
 
     return answer
-
-
-async def refused(world: World, match: str, *overrides: str) -> None:
-    """An update that fails, with everything as before."""
-    with pytest.raises(UpdateFailed, match=match):
-        await world.update(overrides=overrides)
-    assert world.host.state is State.ABORTED
-    assert not world.kernel.luo.outgoing
-    assert not world.kernel.jumped
-    await settled()
 
 
 # What clients hear, and when

@@ -15,21 +15,7 @@ from khod.core.service import Registration
 from khod.core.state import State
 from khod.core.views import LifecycleView
 from khod.errors import Lost, UpdateFailed
-from tests.orchestration.world import QUICK, Guest, Link, Scripted, World, caller, settled
-
-
-async def vanish(client: Scripted, view: LifecycleView) -> None:
-    client.link.end()
-
-
-async def refused(world: World, match: str, *overrides: str) -> None:
-    """An update that fails, with everything as before."""
-    with pytest.raises(UpdateFailed, match=match):
-        await world.update(overrides=overrides)
-    assert world.host.state is State.ABORTED
-    assert not world.kernel.luo.outgoing
-    assert not world.kernel.jumped
-    await settled()
+from tests.orchestration.world import QUICK, Guest, Link, Scripted, World, caller, refused, settled, vanish
 
 
 def test_an_instance_that_had_a_client_does_not_go_without_one(world: World) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import khod_guestmemfd
+import pytest
 
 from khod.core.callers import Caller, Kind, Lifetime, Owner, Right
 from khod.core.host import Host
@@ -182,6 +183,11 @@ class Scripted(Guest):
         return next(v for v in self.views if v.phase == phase)
 
 
+async def vanish(client: Scripted, view: LifecycleView) -> None:
+    """It dies."""
+    client.link.end()
+
+
 async def settled() -> None:
     """Everybody's turn to hear of it."""
     for _ in range(5):
@@ -347,3 +353,13 @@ class World:
             if event.kind == "held":
                 break
         return asyncio.create_task(follow())
+
+
+async def refused(world: World, match: str, *overrides: str) -> None:
+    """An update that fails, with everything as before."""
+    with pytest.raises(UpdateFailed, match=match):
+        await world.update(overrides=overrides)
+    assert world.host.state is State.ABORTED
+    assert not world.kernel.luo.outgoing
+    assert not world.kernel.jumped
+    await settled()
