@@ -24,9 +24,10 @@ class Broadcast:
             _put(queue, event)
 
     def close(self) -> None:
-        """Everybody's iteration ends after what was sent."""
+        """Everybody's iteration ends after what was sent; who never began one is forgotten."""
         for queue in self._queues:
             _put(queue, None)
+        self._queues.clear()
 
     def listen(self) -> AsyncIterator[EventView]:
         """Everything that is sent from this call on, until `close`."""
@@ -39,7 +40,7 @@ class Broadcast:
             while (event := await queue.get()) is not None:
                 yield event
         finally:
-            self._queues.discard(queue)
+            self._queues.discard(queue)  # who leaves early
 
 
 def _put(queue: asyncio.Queue[EventView | None], event: EventView | None) -> None:
