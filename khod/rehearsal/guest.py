@@ -2,8 +2,10 @@
 """The side of a run that is inside the machine: once in each of its kernels.
 
 Run by ``init`` as ``guest.py SCENARIO``. Which function of the scenario is run, ``before``, ``after``, ``after2``…, is told by
-the kernel itself: by the number of kexecs since the cold boot, which it hands to its successor. A function but the last
-ends in a jump; one that returns instead has failed.
+the number of boots, counted on the disk that outlives them: QEMU would have ended at a reset, so that each but the first
+came by kexec. The kernel counts kexecs as well, and hands the number to its successor, but one that does not understand its
+predecessor knows nothing of it. A function but the last ends in a jump; one that returns instead has failed, unless it has
+said that all is `over`.
 
 What happens is told to the host line by line, as JSON, over a virtio serial port: ``machine.py`` has the other half.
 """
@@ -34,8 +36,9 @@ class Guest:
     def __init__(self, channel: int) -> None:
         self._channel = channel
         self._pending = b""
-        self.stage = kexec_count()
+        self.stage = boots()
         """0 before the first jump."""
+        self.is_over = False
         self.state = STATE
         """A directory on a disk that outlives the jump."""
         self.shared = SHARED
@@ -60,6 +63,10 @@ class Guest:
         line, _, self._pending = self._pending.partition(b"\n")
         return json.loads(line)
 
+    def over(self) -> None:
+        """The run passes when this function returns, whatever stages the scenario has left."""
+        self.is_over = True
+
     def tell(self, event: str, **fields: Any) -> None:
         """One line to the host."""
         data = json.dumps({"event": event, "stage": self.stage, **fields}).encode() + b"\n"
@@ -67,8 +74,19 @@ class Guest:
             data = data[os.write(self._channel, data) :]
 
 
+def boots() -> int:
+    """Boots before this one, which is counted. Raises AssertionError if the kernel knows better."""
+    with open(STATE / "boots", "ab", buffering=0) as file:
+        before = file.tell()
+        file.write(b".")
+        os.fsync(file.fileno())
+    count = kexec_count()
+    assert count in (0, before), f"the kernel counts {count} kexecs since the cold boot, there were {before}"
+    return before
+
+
 def kexec_count() -> int:
-    """Jumps since the cold boot: u32 at 69 of struct kho_kexec_metadata. Of the kernel, not of khod, which is under test."""
+    """Jumps since the cold boot: u32 at 69 of struct kho_kexec_metadata; 0 where the kernel knows of none."""
     try:
         return int(struct.unpack_from("=I", _METADATA.read_bytes(), 69)[0])
     except FileNotFoundError:
@@ -103,7 +121,7 @@ def play(guest: Guest, scenario: Path) -> None:
         import asyncio  # scenarios that need none of it start without it
 
         asyncio.run(result)
-    if guest.stage + 1 < len(STAGES) and hasattr(module, STAGES[guest.stage + 1]):
+    if not guest.is_over and guest.stage + 1 < len(STAGES) and hasattr(module, STAGES[guest.stage + 1]):
         raise AssertionError(f"{name}() returned, and there is a {STAGES[guest.stage + 1]}(): no jump happened")
 
 

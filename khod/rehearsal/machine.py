@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class Machine:
     cpu: str = "Nehalem"
     """QEMU's model. The plainest that numpy runs on: emulating newer instructions makes everything a sixth slower. "max" has
     SVM, for KVM in the machine."""
+    options: tuple[str, ...] = ("kho=on", "liveupdate=on")
+    """What the kernel is told of live update."""
     cmdline: tuple[str, ...] = ()
     """Words added to the kernel's command line, of both kernels when the scenario jumps with the running one."""
     qemu: tuple[str, ...] = ()
@@ -57,6 +59,8 @@ class Machine:
     """JSON for the scenario: `Guest.parameters`."""
     answers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """What the scenario may have called on the host: `Guest.ask`."""
+    told: Callable[[Record], None] = lambda record: None
+    """Called with each record, when it comes."""
     boot_deadline: float = 60
     """Seconds from power on, or from the last word of the old kernel, to the first word of the scenario."""
     stage_deadline: float = 60
@@ -94,34 +98,42 @@ class Result:
     def require(self) -> Result:
         """Itself, if it has passed. Raises AssertionError with the reason and the place of the logs otherwise."""
         if self.outcome is not Outcome.PASSED:
-            raise AssertionError(f"the run is {self.outcome}: {self.reason}\nlogs: {self.directory}\n{self._console()}")
+            raise AssertionError(f"the run is {self.outcome}: {self.reason}\nlogs: {self.directory}\n{self.console()}")
         return self
 
     def discard(self) -> None:
         """Remove what a run that did not pass has left: a test that expected just that has no use for it."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _console(self) -> str:
+    def console(self) -> str:
+        """The last of what the kernels printed."""
         log = self.directory / "serial.log"
         return log.read_text(errors="replace")[-3000:] if log.exists() else ""
 
 
-def absent() -> list[str]:
+def absent(path: str = PATH) -> list[str]:
     """Programs that no machine can be run without, and that are not installed here."""
-    return [program for program in PROGRAMS if not shutil.which(program, path=PATH)]
+    return [program for program in PROGRAMS if not shutil.which(program, path=path)]
 
 
-def run(machine: Machine) -> Result:
-    """Play the scenario. What is left of a run that did not pass stays in its directory."""
+def run(machine: Machine, parameters: Callable[[Path], Mapping[str, Any]] | None = None) -> Result:
+    """Play the scenario. What is left of a run that did not pass stays in its directory; `parameters` makes those that depend
+    on it, beside the machine's."""
     # Not in a caller's long directories: the path of a Unix socket has 107 bytes.
     result = Result(Path(tempfile.mkdtemp(prefix="khod-vm-")))
+    if parameters is not None:
+        machine = replace(machine, parameters={**machine.parameters, **parameters(result.directory)})
     prepare(machine, result.directory)
     command = arguments(machine, result.directory)
     with (
         qemu.listening(result.directory / qemu.PORT) as listener,
         qemu.power(command, result.directory) as running,
     ):
-        _follow(machine, listener, running, result)
+        try:
+            _follow(machine, listener, running, result)
+        except KeyboardInterrupt:
+            result.discard()
+            raise
     if result.outcome is Outcome.PASSED:
         shutil.rmtree(result.directory)
     return result
@@ -145,14 +157,19 @@ def prepare(machine: Machine, directory: Path) -> None:
     subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(image)], check=True, env={"PATH": PATH}, timeout=30)
 
 
-def arguments(machine: Machine, directory: Path, *, serial: str = "") -> list[str]:
-    """The command that runs QEMU on what `prepare` made: see `qemu.arguments`."""
-    words = (
+def root_words(directory: Path) -> tuple[str, ...]:
+    """Words for the command line of every kernel of a run: what its root is, and what starts there."""
+    return (
         "ro", "rootfstype=9p",
         # The root does not change under the guest, and 9p without a cache asks the host at every step of an import.
         "rootflags=trans=virtio,version=9p2000.L,msize=524288,cache=loose",
-        f"init={directory}/init", *machine.cmdline,
+        f"init={directory}/init",
     )  # fmt: skip
+
+
+def arguments(machine: Machine, directory: Path, *, serial: str = "") -> list[str]:
+    """The command that runs QEMU on what `prepare` made: see `qemu.arguments`."""
+    words = (*root_words(directory), *machine.options, *machine.cmdline)
     return [
         *qemu.arguments(
             directory, machine.kernel,
@@ -186,6 +203,7 @@ def _follow(machine: Machine, listener: socket.socket, running: subprocess.Popen
                     deadline.due, deadline.of = time.monotonic() + machine.stage_deadline, f"stage {stage}"
                 case "record":
                     result.records.append(Record(stage, message["name"], message["facts"]))
+                    machine.told(result.records[-1])
                 case "ask":
                     answer = machine.answers[message["name"]](**message["arguments"])
                     channel.sendall(json.dumps(answer).encode() + b"\n")

@@ -51,24 +51,35 @@ class Deadline:
 
 
 def arguments(
-    directory: Path, kernel: Path, *, cpu: str, cpus: int, memory: str, words: tuple[str, ...], serial: str = ""
+    directory: Path,
+    kernel: Path,
+    *,
+    cpu: str,
+    cpus: int,
+    memory: str,
+    words: tuple[str, ...],
+    serial: str = "",
 ) -> list[str]:
     """The command that runs QEMU, without disks and file systems; `listening` must have made the socket `verdict` in the
-    directory before. `serial` is where the console goes, the file serial.log by default; `words` are the kernel's."""
-    common = ["console=ttyS0", "quiet", "panic=-1", "kho=on", "liveupdate=on"]
-    if khz := host_tsc_khz():
-        # Under emulation a kernel that was kexec'ed cannot calibrate its TSC and settles on a wrong rate.
-        common.append(f"tsc_early_khz={khz}")
+    directory before. `serial` is where the console goes, the file serial.log by default; `words` are the kernel's, and say
+    whether KHO and live update are on."""
     return [
         "setpriv", "--pdeathsig", "KILL",
         QEMU, "-nodefaults", "-display", "none", "-no-reboot",
         "-machine", "q35", "-accel", "tcg", "-cpu", cpu, "-smp", str(cpus), "-m", memory,
-        "-kernel", str(kernel), "-append", " ".join([*common, *words]),
+        "-kernel", str(kernel), "-append", " ".join([*common_words(), *words]),
         "-serial", serial or f"file:{directory}/serial.log",
         "-device", "virtio-serial-pci",
         "-chardev", f"socket,id=verdict,path={directory}/{PORT}",
         "-device", "virtserialport,chardev=verdict,name=khod.verdict",
     ]  # fmt: skip
+
+
+def common_words() -> tuple[str, ...]:
+    """Words for the command line of every kernel that runs in a machine of ours."""
+    words = ("console=ttyS0", "quiet", "panic=-1")
+    # Under emulation a kernel that was kexec'ed cannot calibrate its TSC and settles on a wrong rate.
+    return (*words, f"tsc_early_khz={khz}") if (khz := host_tsc_khz()) else words
 
 
 @contextlib.contextmanager

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import struct
-import subprocess
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
@@ -15,47 +12,17 @@ from mmap import MAP_SHARED, PROT_READ, mmap
 from pathlib import Path
 from typing import Any
 
-from khod.api.client import Client, connect
+from khod.rehearsal import inside
 from tests.vm.content import PAGE
 from tests.vm.guest import Guest
 
-SOCKET = Path("/run/khod/khod.sock")
-CONFIG = Path("/run/khod.yaml")
-NOTIFY = Path("/run/notify")
 
-
-class Khod:
-    """The daemon, started with its state on the disk that outlives the jump; READY=1 is waited for as systemd does."""
+class Khod(inside.Khod):
+    """The daemon, with settings of a test's own, and khoctl."""
 
     def __init__(self, vm: Guest, *, plugins: str = "", **settings: Any) -> None:
-        lines = {"state_directory": f"{vm.state}/khod", "reserve": "16M", **settings}
-        CONFIG.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items()))
-        self.vm = vm
-        NOTIFY.unlink(missing_ok=True)
-        self._notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._notified.bind(str(NOTIFY))
-        self._notified.settimeout(60)
-        environment = dict(os.environ, NOTIFY_SOCKET=str(NOTIFY))
-        environment["PYTHONPATH"] = f"{environment['PYTHONPATH']}:{plugins}" if plugins else environment["PYTHONPATH"]
-        self.log = open(vm.shared / f"khod-{vm.stage}.log", "ab")  # noqa: SIM115  # open as long as khod runs
-        argv = [sys.executable, "-S", "-m", "khod.daemon", "--config", str(CONFIG)]
-        self.process = subprocess.Popen(argv, stdout=self.log, stderr=self.log, env=environment)
-        self.told("READY=1")
-
-    def told(self, what: str) -> str:
-        """Wait until khod tells systemd something with these words in it."""
-        while what not in (text := self._notified.recv(4096).decode()):
-            pass
-        return text
-
-    def stop(self) -> int:
-        """SIGTERM, and wait; its exit status."""
-        self.process.terminate()
-        return self.process.wait(30)
-
-    def client(self) -> Client:
-        """A connection to its API."""
-        return connect(SOCKET)
+        environment = {"PYTHONPATH": f"{os.environ['PYTHONPATH']}:{plugins}"} if plugins else {}
+        super().__init__(vm, {"reserve": "16M", **settings}, environment)
 
     def ctl(self, *words: str, status: int = 0) -> str:
         """Run khoctl as a process of its own, which must exit with `status`; what it printed.
@@ -69,7 +36,7 @@ class Khod:
         if child == 0:
             os.dup2(outward, 1)
             os.dup2(outward, 2)
-            sys.argv = ["khoctl", "--socket", str(SOCKET), *words]
+            sys.argv = ["khoctl", "--socket", str(inside.SOCKET), *words]
             code: object = 1
             try:
                 main()

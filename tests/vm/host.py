@@ -242,7 +242,8 @@ class Host:
             self._powered = stack.pop_all()
 
     def _arguments(self) -> list[str]:
-        words = ("root=/dev/vda", "rw", "rootfstype=ext4", "TERM=dumb", "systemd.show_status=0", *self.cmdline)
+        root = ("root=/dev/vda", "rw", "rootfstype=ext4")
+        words = ("kho=on", "liveupdate=on", *root, "TERM=dumb", "systemd.show_status=0", *self.cmdline)
         return [
             *qemu.arguments(
                 self.directory, lab_kernel.kernel_directory() / "bzImage",

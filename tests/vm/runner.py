@@ -61,18 +61,18 @@ def one_machine() -> Iterator[None]:
 
 def prepare(machine: Machine, directory: Path) -> None:
     """What the guest will find: see `khod.rehearsal.machine.prepare`."""
-    _compile()
+    compile_checkout()
     vm.prepare(machine, directory)
 
 
 def run(machine: Machine) -> Result:
     """Play the scenario: see `khod.rehearsal.machine.run`."""
     with one_machine():
-        _compile()
+        compile_checkout()
         return vm.run(machine)
 
 
-def _compile() -> None:
+def compile_checkout() -> None:
     """Make the bytecode of this checkout here, since the guest can neither write it nor compile fast."""
     for package in ("khod", "plugins", "tests"):
         compileall.compile_dir(ROOT / package, quiet=2, workers=1)

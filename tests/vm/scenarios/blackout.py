@@ -35,7 +35,8 @@ def before(vm: Guest) -> None:
         subprocess.run([program, "update", str(vm.kernel)], check=True)
         raise AssertionError("the jump came back")
     from khod.kernel.tsc import reader
-    from tests.vm.driving import CONFIG, Khod
+    from khod.rehearsal.inside import CONFIG
+    from tests.vm.driving import Khod
 
     khod = Khod(vm)
     config = vm.state / "khod.yaml"

@@ -21,7 +21,8 @@ from typing import Any
 from khod.api.client import Client, connect
 from khod.client import Notice, Participant, Workload
 from khod.errors import KhodError, Refused, UpdateFailed
-from tests.vm.driving import SOCKET, Khod
+from khod.rehearsal.inside import SOCKET
+from tests.vm.driving import Khod
 from tests.vm.guest import Guest
 
 GOOD, BAD = "daemon", "nobody"

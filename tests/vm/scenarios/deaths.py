@@ -27,8 +27,8 @@ from typing import Any
 
 from khod.client import Notice, Participant, Workload
 from khod.kernel.custody import PROGRAM
+from khod.rehearsal.inside import CONFIG, NOTIFY, SOCKET
 from tests.vm.content import fill, filled
-from tests.vm.driving import CONFIG, NOTIFY, SOCKET
 from tests.vm.guest import Guest
 
 KHOD, SERVES, WAITS = "khod", "serves", "waits"

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.vm.driving import SOCKET, Khod
+from khod.rehearsal.inside import SOCKET
+from tests.vm.driving import Khod
 from tests.vm.guest import Guest
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
