@@ -38,8 +38,11 @@ install: ## khod, khoctl and the units to $(DESTDIR)$(PREFIX), for $(INTERPRETER
 uninstall: ## remove all that `make install` put there
 	@$(INSTALL) --remove
 
-lab-kernel: ## build the lab's kernel unless cached; the last line is the path of its bzImage
-	@$(PYTHON) tests/vm/kernel.py
+# Updates go from the older to the newer and back; what needs one kernel alone takes the newer, whose path is the last line.
+KERNELS := 7.2 7.3
+
+lab-kernel: ## build the lab's kernels unless cached; the last line is the path of the newer's bzImage
+	@$(PYTHON) tests/vm/kernel.py $(KERNELS)
 
 lab-image: $(VENV)/.stamp ## build the lab's host, Debian sid with systemd and khod, unless cached; the last line is its disk
 	@$(APT) $(APT_VM)
@@ -65,11 +68,11 @@ test-fast: $(VENV)/.stamp ## all tests but those in the virtual machine
 PARALLEL := --numprocesses 2 --dist loadgroup
 # One recipe: `make test` is to stay near 8 minutes with a built kernel, the rest is in `make test-full`.
 test: SELECT := -m "not full"
-test: $(VENV)/.stamp ## all tests, in the virtual machine too; builds the lab's kernel once
+test: $(VENV)/.stamp ## all tests, in the virtual machine too; builds the lab's kernels once
 test-full: $(VENV)/.stamp ## those that take minutes as well
 test test-full:
 	@$(APT) $(APT_TEST) $(APT_VM)
-	@$(PYTHON) tests/vm/kernel.py >/dev/null
+	@$(PYTHON) tests/vm/kernel.py $(KERNELS) >/dev/null
 	@$(AS_ROOT) $(BIN)/python -m tests.vm.image >/dev/null
 	$(AS_ROOT) KHOD_REQUIRE=$(REQUIRE) $(BIN)/pytest -q $(PARALLEL) $(SELECT)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.vm import host, runner
+from tests.vm.kernel import kernel_directory
 
 SCENARIOS = Path(__file__).with_name("scenarios")
 Play = Callable[..., runner.Result]
@@ -36,6 +37,18 @@ def vm() -> Play:
         return runner.run(runner.Machine(SCENARIOS / f"{name}.py", **fields))
 
     return play
+
+
+@pytest.fixture
+def kernel() -> Callable[[str], Path]:
+    """The bzImage of one of the versions that the lab has, 7.2 and 7.3. Skips like `vm`."""
+
+    def find(version: str) -> Path:
+        image = kernel_directory(version) / "bzImage"
+        _need("" if image.exists() else f"the lab's kernel {version} is not built: make lab-kernel")
+        return image
+
+    return find
 
 
 @pytest.fixture

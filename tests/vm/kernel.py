@@ -7,7 +7,7 @@ address and keys at run time and replaces the suite.
 
 Standard library only, so that it runs before any virtual environment exists::
 
-    python3 tests/vm/kernel.py [VERSION]        # build if need be; the last line is the path of the bzImage
+    python3 tests/vm/kernel.py [VERSION...]     # build if need be; a line for each: the path of its bzImage
 
 Cache layout, below ``${XDG_CACHE_HOME:-~/.cache}/khod-lab``, each entry made under a temporary name and renamed::
 
@@ -149,4 +149,5 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    print(build(*sys.argv[1:2]) / "bzImage")
+    for wanted in sys.argv[1:] or [DEFAULT_VERSION]:
+        print(build(wanted) / "bzImage")
