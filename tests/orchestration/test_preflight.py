@@ -13,7 +13,7 @@ import pytest
 from khod.core.preflight.verdict import Verdict
 from khod.core.state import State
 from khod.core.views import CheckView
-from khod.errors import InvalidRequest, NotAKernel, Refused
+from khod.errors import InvalidRequest, NotAKernel, Refused, UpdateFailed
 from khod.simulated import ProcessDied, Release, machine
 from khod.simulated.image import build
 from tests import images
@@ -166,6 +166,10 @@ def test_memory_that_is_not_there(world: World) -> None:
         await world.khod()
         await world.register("vm-1", world.workload.memfd(512 * MIB))
         await blocked(world, "memory", "not enough memory")
+        with pytest.raises(UpdateFailed, match="everything was undone"):
+            await world.update(overrides=["memory"])
+        assert world.host.state is State.ABORTED
+        assert not world.kernel.luo.outgoing
 
     asyncio.run(scenario())
 
