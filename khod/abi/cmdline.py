@@ -49,6 +49,11 @@ def parse(text: str) -> CommandLine:
     return CommandLine(tuple(_options(text)))
 
 
+def words(text: str) -> tuple[str, ...]:
+    """The words of a command line as they stand, quotes included."""
+    return tuple(_WORD.findall(text))
+
+
 def memparse(text: str) -> int:
     """A number with K, M, G …; 0 for what is none."""
     match = _SIZE.match(text)

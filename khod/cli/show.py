@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from khod.cli.output import print_pairs, print_table, say
 from khod.core.views import (
+    CheckView,
     EventView,
     ImageView,
     InspectionView,
@@ -132,7 +133,12 @@ def preflight(view: PreflightView) -> None:
     """The table, and above it what it comes to."""
     say(f"from {view.running} to {view.target or 'no kernel yet'}: {view.verdict}")
     say()
-    rows = [(c.name, f"{c.verdict}, overridden" if c.overridden else c.verdict, c.evidence, c.remedy) for c in view.checks]
+    checks(view.checks)
+
+
+def checks(views: Sequence[CheckView]) -> None:
+    """Rows of a preflight."""
+    rows = [(c.name, f"{c.verdict}, overridden" if c.overridden else c.verdict, c.evidence, c.remedy) for c in views]
     print_table(("check", "verdict", "evidence", "remedy"), rows)
 
 
@@ -188,7 +194,12 @@ def one_update(view: UpdateView) -> None:
         say(f"problem: {problem}")
     if view.spans:
         say()
-        print_table(("phase", "instance", "time"), [(s.phase, s.instance, _span(s)) for s in view.spans], right=("time",))
+        ledger(view.spans)
+
+
+def ledger(spans: Sequence[SpanView]) -> None:
+    """How long each phase took, and each instance in it."""
+    print_table(("phase", "instance", "time"), [(s.phase, s.instance, _span(s)) for s in spans], right=("time",))
 
 
 def inspection(view: InspectionView) -> None:

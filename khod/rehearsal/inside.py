@@ -30,7 +30,7 @@ class Khod:
         NOTIFY.unlink(missing_ok=True)
         self._notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notified.bind(str(NOTIFY))
-        self._notified.settimeout(60)
+        self._notified.settimeout(vm.parameters["stage_deadline"])
         self.log = open(vm.shared / f"khod-{vm.stage}.log", "ab")  # noqa: SIM115  # open as long as khod runs
         argv = [sys.executable, "-S", "-m", "khod.daemon", "--config", str(CONFIG)]
         variables = {**os.environ, **(environment or {}), "NOTIFY_SOCKET": str(NOTIFY)}

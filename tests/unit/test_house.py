@@ -119,8 +119,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(300)
 def test_the_wheel_has_everything_and_works_alone(wheel: Path, tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    shipped = {str(p.relative_to(ROOT)) for p in (ROOT / "khod").rglob("*.py")}
-    assert shipped | {"khod/py.typed", "khod_guestmemfd/__init__.py"} <= names
+    shipped = {str(p.relative_to(ROOT)) for p in (ROOT / "khod").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert {"khod/py.typed", "khod/rehearsal/init"} <= shipped
+    assert shipped | {"khod_guestmemfd/__init__.py"} <= names
     units = {p.name for p in (ROOT / "systemd").glob("*.*") if p.is_file()}
     assert units <= {Path(n).name for n in names if ".data/data/lib/" in n}
     assert not [n for n in names if n.startswith(("tests", "bench", "examples"))]
