@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # Every target sets up what it needs and says so. `make help` lists them.
 .DELETE_ON_ERROR:
-.PHONY: help setup install uninstall lab-kernel lab-image lab-shell demo test test-fast test-full check fuzz bench bench-vm bench-host clean
+.PHONY: help setup install uninstall lab-kernel lab-image lab-shell demo test test-fast test-full check fuzz bench bench-vm bench-host bench-initrd clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -94,6 +94,12 @@ bench-host: $(VENV)/.stamp ## the blackout of 256 MiB across jumps of a host wit
 	@$(PYTHON) tests/vm/kernel.py >/dev/null
 	@$(AS_ROOT) $(BIN)/python -m tests.vm.image >/dev/null
 	$(AS_ROOT) $(BIN)/python -m bench.jumps
+
+bench-initrd: $(VENV)/.stamp ## the blackout of 256 MiB with a restore in the initrd, against systemd alone and a bare C program
+	@$(APT) gcc libc6-dev $(APT_VM)
+	@$(PYTHON) tests/vm/kernel.py >/dev/null
+	@$(AS_ROOT) $(BIN)/python -m tests.vm.image >/dev/null
+	$(AS_ROOT) $(BIN)/python -m bench.initrd
 
 clean: ## remove what was built here (the lab's cache stays)
 	rm -rf $(VENV) build dist khod.egg-info bench/out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -46,9 +46,10 @@ def characters(major: int, minor: int, permissions: int) -> Member:
     return Member(stat.S_IFCHR | permissions, device=(major, minor))
 
 
-def archive(members: Mapping[str, Member]) -> bytes:
+def archive(members: Mapping[str, Member], last: str = "") -> bytes:
     """The archive of these, by path without a slash at its start. Directories that are not named are made (0755), before what
-    is in them. Raises ValueError for a path that leads anywhere else than into the archive."""
+    is in them; the member `last` comes last: where it is, everything is. Raises ValueError for a path that leads anywhere else
+    than into the archive."""
     whole = dict(members)
     for path in members:
         parts = path.split("/")
@@ -59,7 +60,7 @@ def archive(members: Mapping[str, Member]) -> bytes:
             if not stat.S_ISDIR(above.mode):
                 raise ValueError(f"{path!r} lies in what is no directory")
     pieces: list[bytes] = []
-    for number, path in enumerate(sorted(whole), 1):
+    for number, path in enumerate(sorted(whole, key=lambda path: (path == last, path)), 1):
         pieces += _pieces(path, number, whole[path])
     pieces += _pieces(_TRAILER, 0, Member(0))
     return b"".join(pieces)

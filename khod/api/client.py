@@ -215,6 +215,7 @@ class Client:
             fds=[fd for _, fd in received],
             states=claim.states,
             handle=claim.handle,
+            process=claim.process,
         )
 
     def finished(self, handle: str, *, ran: float = 0.0) -> None:
@@ -308,6 +309,7 @@ class _ClaimAnswer(msgspec.Struct):
     fds: list[_Sent]
     states: list[str]
     handle: str
+    process: int = 0
 
 
 def _gone(error: OSError) -> Lost:

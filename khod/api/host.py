@@ -70,6 +70,7 @@ class ClaimAnswer:
     states: list[str]
     """Which of `fds` are states."""
     handle: str
+    process: int
 
 
 # Not a class: mypy would want to know the twin's type.
@@ -207,9 +208,10 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
         """Hand an instance's descriptors out: they come with the answer.
 
         `answer` is 'fds'; 'cold' when no such instance came (start from disk); 'hold' when it exists and must not be started,
-        from disk neither. Of `fds`, those that `states` names are what the client wrote: a u64 length, little-endian, then the
-        bytes. `handle` is the instance's from now on. The first claim after a jump registers it again with `lifetime`, by
-        default that which it had; later ones change nothing while the claimant keeps it, or has subscribed to it.
+        from disk neither; `process` is then that which runs it already, because the initrd started it, or 0. Of `fds`, those
+        that `states` names are what the client wrote: a u64 length, little-endian, then the bytes. `handle` is the instance's
+        from now on. The first claim after a jump registers it again with `lifetime`, by default that which it had; later ones
+        change nothing while the claimant keeps it, or has subscribed to it.
         `unverified`, for who may administer, hands out what khod cannot vouch for.
         """
         asked = None if lifetime is None else _lifetime(lifetime)
@@ -217,7 +219,7 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
         sendable = await descriptors.export(self._files, view.fds)
         pairs = zip(view.names, sendable, strict=True)
         sent = [Descriptor(fd_name, fd) for fd_name, fd in pairs]
-        return ClaimAnswer(view.answer, view.reason, sent, list(view.states), view.handle)
+        return ClaimAnswer(view.answer, view.reason, sent, list(view.states), view.handle, view.process)
 
     @varlinkmethod
     async def Finished(self, handle: str, ran: float = 0.0) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from khod.cli import output
+from khod.cli import adopt, output
 from khod.cli.command import Json, Owner, khod, reporting
 from khod.core.views import ClaimView
 from khod.errors import Held, InvalidRequest, MachineError
@@ -47,7 +47,8 @@ def claim(
     says how many, LISTEN_FDNAMES their names with ":" between, LISTEN_PID to whom. KHOD_STATES are those of the names that are
     states of its client, KHOD_HANDLE is for khoctl finished. Nothing is run when the instance did
     not come (exit status 9: start it from disk), or came and must not be started (exit status 8: a second life would
-    ruin its disk).
+    ruin its disk). One that the initrd has started runs already: in a unit of Type=notify its process becomes the unit's
+    main one, and khoctl is done; elsewhere that is status 8.
 
     \b
     Example:
@@ -69,6 +70,7 @@ def claim(
                     "names": view.names,
                     "states": view.states,
                     "handle": view.handle,
+                    "process": view.process,
                 }
             )
         if view.answer == "fds":
@@ -76,6 +78,9 @@ def claim(
     if view.answer == "cold":
         output.complain(view.reason, "start it from disk")
         raise typer.Exit(COLD)
+    if view.process and (manager := adopt.wanted()):
+        adopt.adopt(view.process, manager)
+        return
     raise Held(view.reason, hint="do not start it from disk; khoctl claim --unverified hands it out as it is")
 
 

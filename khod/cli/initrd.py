@@ -53,7 +53,6 @@ def initrd(
         khoctl initrd build /boot/initrd.khod --initrd /boot/initrd.img-7.3.1
         khoctl load /boot/vmlinuz-7.3.1 --initrd /boot/initrd.khod --reuse-cmdline --append rdinit=/khod/init
     """
-    from khod.abi import cpio
     from khod.initrd import contents
     from khod.initrd.image import spec
     from khod.initrd.libraries import read
@@ -62,7 +61,7 @@ def initrd(
     if action is Action.ADD:
         size = _add(found, target)
     else:
-        data = cpio.archive(found) + (read(str(behind)) if behind else b"")
+        data = contents.archive(found) + (read(str(behind)) if behind else b"")
         size = len(data)
         try:
             target.write_bytes(data)

@@ -62,7 +62,8 @@ class Claims:
         if entry is None:
             return Claimed(_unknown(name, state))
         if entry.runner is not None and entry.runner.there and caller.pid != entry.runner_pid:
-            return Claimed(hold(f"{entry.label} runs already: the initrd started it as process {entry.runner_pid}"))
+            reason = f"{entry.label} runs already: the initrd started it as process {entry.runner_pid}"
+            return Claimed(hold(reason, process=entry.runner_pid))
         if reason := _held_back(entry, state, unverified):
             return Claimed(hold(reason))
         self._record(entry, caller, update)
@@ -152,6 +153,6 @@ def _unknown(name: str, state: State) -> ClaimView:
     return ClaimView(answer="cold", reason=f"no instance {name!r} came through")
 
 
-def hold(reason: str) -> ClaimView:
+def hold(reason: str, *, process: int = 0) -> ClaimView:
     """Do not start it."""
-    return ClaimView(answer="hold", reason=reason)
+    return ClaimView(answer="hold", reason=reason, process=process)

@@ -198,7 +198,7 @@ class Startup:
         if again:
             return self._restored_again(restorer.verification)
         await blocking(self.book.note_accepted, self.update)
-        self._reckon(incoming)
+        self._reckon(incoming, stage.marks.get("resumed"))
         resumed.reckon(self.ledger, stage, incoming.stamp, self.started)
         self._note(
             State.RESTORED,
@@ -258,8 +258,9 @@ class Startup:
         still = executing.data.get("still") if executing is not None and executing.update == self.update else None
         return Gaps(incoming.stamp, {k: v for k, v in still.items() if isinstance(v, int)} if isinstance(still, dict) else {})
 
-    def _reckon(self, incoming: Incoming) -> None:
-        """The ledger's rows of this side, and those that span the jump."""
+    def _reckon(self, incoming: Incoming, resumed_at: int | None) -> None:
+        """The ledger's rows of this side, and those that span the jump. `resumed_at`: when the restore stage had started a
+        guest, by this kernel's monotonic clock; None where it started none."""
         now = self.machine.clock.stamp()
         executing = self._executing()
         if executing is not None and executing.update == self.update:
@@ -271,7 +272,8 @@ class Startup:
             frozen_at = executing.data.get("frozen_at") if executing is not None else None
             if isinstance(frozen_at, int):
                 frozen = (incoming.stamp.monotonic - frozen_at) / 1e9
-                self.ledger.add("blackout", frozen + between + restoring, uncertainty=uncertainty)
+                after = restoring if resumed_at is None else (resumed_at - self.started.monotonic) / 1e9
+                self.ledger.add("blackout", frozen + between + after, uncertainty=uncertainty)
         self.ledger.add(State.RESTORING, restoring)
 
     async def verify(self, problems: list[str], there: Callable[[Entry], bool]) -> None:

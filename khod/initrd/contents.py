@@ -65,7 +65,13 @@ def members(spec: Spec) -> Members:
 
 def build(spec: Spec, behind: bytes = b"") -> bytes:
     """The archive, and behind it the host's own initrd."""
-    return cpio.archive(members(spec)) + behind
+    return archive(members(spec)) + behind
+
+
+def archive(found: Members) -> bytes:
+    """The archive of these. The launcher is the last: where there is no room to unpack everything, the kernel finds none, and
+    boots without it."""
+    return cpio.archive(found, paths.LAUNCHER.lstrip("/"))
 
 
 def _interpreter(found: Members) -> str:

@@ -62,6 +62,7 @@ def test_who_runs_is_claimed_by_its_process_and_by_nobody_else(world: World) -> 
         assert world.entry("early").state is InstanceState.CLAIMED
         answer = await host.claim(me(1), "early")
         assert answer.answer == "hold"
+        assert answer.process == PID
         assert f"runs already: the initrd started it as process {PID}" in answer.reason
         process, fd = await world.claimed("later")
         assert world.intact(fd, process=process)

@@ -76,12 +76,14 @@ class Host:
     """A context manager: the machine is on inside of it. One at a time on a host; a second one waits."""
 
     cold: bool = False
-    """Boot, instead of going on where a machine has booted. So is everything that is not the default of the next three."""
+    """Boot, instead of going on where a machine has booted. So is everything that is not the default of the next five."""
     memory: str = "2G"
     cpu: str = "Nehalem"
     cmdline: tuple[str, ...] = ()
     qemu: tuple[str, ...] = ()
     """More of QEMU's arguments."""
+    kernel: str = ""
+    """The version that it boots first, for another than that of the image."""
     deadline: float = 300
     """Seconds for everything."""
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="khod-host-")), init=False)
@@ -93,7 +95,7 @@ class Host:
     """Jumps since the cold boot, as its kernel counts; -1 before there was a word."""
 
     def __post_init__(self) -> None:
-        self.cold = self.cold or (self.memory, self.cpu, self.cmdline, self.qemu) != ("2G", "Nehalem", (), ())
+        self.cold = self.cold or (self.memory, self.cpu, self.cmdline, self.qemu, self.kernel) != ("2G", "Nehalem", (), (), "")
         self._ids = itertools.count(1)
         self._done: dict[int, Ran] = {}
         self._asked: dict[int, tuple[str, ...]] = {}
@@ -246,7 +248,7 @@ class Host:
         words = ("kho=on", "liveupdate=on", *root, "TERM=dumb", "systemd.show_status=0", *self.cmdline)
         return [
             *qemu.arguments(
-                self.directory, lab_kernel.kernel_directory() / "bzImage",
+                self.directory, lab_kernel.kernel_directory(self.kernel or lab_kernel.DEFAULT_VERSION) / "bzImage",
                 cpu=self.cpu, cpus=2, memory=self.memory, words=words,
             ),
             # What is lost with the guest's power is in its own cache, not in this host's.

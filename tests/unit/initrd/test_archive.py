@@ -44,6 +44,11 @@ def test_no_member_leaves_the_archive(path: str) -> None:
         cpio.archive({path: cpio.file(b"")})
 
 
+def test_the_launcher_is_the_last_that_is_unpacked() -> None:
+    archive = contents.build(Spec())
+    assert archive.rfind(b"khod/init\0") > archive.rfind(b"sys\0")
+
+
 def test_a_file_is_no_directory() -> None:
     with pytest.raises(ValueError, match="no directory"):
         cpio.archive({"a": cpio.file(b""), "a/b": cpio.file(b"")})

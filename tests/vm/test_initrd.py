@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Restoring in the initrd, before the root file system and the init; and what becomes of it when something is wrong there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from khod.rehearsal.tsc import host_tsc_khz
+from tests.vm import early
+from tests.vm.host import Host
+from tests.vm.kernel import kernel_directory
+from tests.vm.programs.sabotage import POINTS
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
+
+
+def test_a_guest_runs_before_the_init_through_two_updates(boot: type[Host]) -> None:
+    with boot() as host:
+        early.configured(host)
+        early.guest(host, "guest", enabled=False)
+        early.guest(host, "other", enabled=True)
+        for _ in range(2):
+            early.update(host)
+            runs = host.record("runs").facts
+            assert runs["equal"], runs
+            assert runs["names"] == "ram"
+            assert host.record("held").facts["equal"], "what was not started early is claimed as always"
+            host.booted()
+            blackout = (runs["held"] - runs["last"]) / host_tsc_khz() / 1000
+            assert 0.5 < blackout < 30
+            held = host.run("khoctl", "claim", "guest", "--", "true", status=8)
+            assert f"process {runs['pid']}" in held.err
+            status = host.run("khoctl", "status").out
+            assert "state        restored" in status, status
+            store = host.run("systemd-analyze", "fdstore", "khod-custodian.service").out
+            assert "khod-early" in store, "PID 1 has what the stage had"
+            # The stage's custodian has ended, both of it: what is left of it would be by this name.
+            names = host.run("sh", "-c", "cat /proc/[0-9]*/comm").out.split()
+            assert "khod-early" not in names
+            assert names.count("vmm") == 1
+            (last,) = json.loads(host.run("khoctl", "history", "--json").out)[:1]
+            rows = {row["phase"]: row["seconds"] for row in last["spans"]}
+            stages = [f"initrd: {name}" for name in ("interpreter", "retrieved", "verified", "resumed")]
+            assert {"initrd: kernel", "blackout", *stages} <= set(rows)
+            assert sum(rows[name] for name in stages) < blackout
+            assert "guest runs" in host.run("sh", "-c", "dmesg | grep khod-initrd").out
+        claimed_by_its_unit(host, runs["pid"])
+
+
+VMM_UNIT = f"""
+[Unit]
+Requires=khod-restored.target
+After=khod-restored.target
+[Service]
+Type=notify
+ExecStart=khoctl claim guest -- {early.VMM} 0
+"""
+
+
+def claimed_by_its_unit(host: Host, pid: int) -> None:
+    """The process that the initrd started becomes its unit's, and ends with it."""
+    host.unit("vmm.service", VMM_UNIT)
+    assert host.run("systemctl", "show", "-P", "MainPID", "vmm.service").out == f"{pid}\n"
+    assert host.run("cat", f"/proc/{pid}/cgroup").out == "0::/system.slice/vmm.service\n"
+    assert host.run("systemctl", "is-active", "vmm.service").out == "active\n"
+    host.run("systemctl", "stop", "vmm.service")
+    host.run("test", "!", "-e", f"/proc/{pid}")
+
+
+@pytest.mark.full  # an initrd with an init of its own: a minute
+def test_the_guest_and_custody_come_through_systemds_own_initrd(boot: type[Host]) -> None:
+    with boot(deadline=600) as host:
+        early.configured(host)
+        host.programs("systemd_initrd")
+        early.guest(host, "guest", enabled=False)
+        early.guest(host, "other", enabled=True)
+        host.program("systemd_initrd", "/root/own")
+        early.update(host, "/root/own")
+        runs = host.record("runs").facts
+        assert runs["equal"], runs
+        assert host.record("held").facts["equal"]
+        host.booted()
+        seen = host.run("sh", "-c", "dmesg | grep -e 'Switching root' -e khod-initrd").out
+        assert "Switching root" in seen
+        assert "guest runs" in seen
+        assert host.run("cat", f"/proc/{runs['pid']}/comm").out == "vmm\n", "it was spared"
+        assert host.run("cat", f"/proc/{runs['pid']}/cgroup").out == "0::/khod-early\n"
+        # From the stage's file system, which was not cleared away.
+        assert host.run("readlink", f"/proc/{runs['pid']}/exe").out.strip() == early.VMM
+        held = host.run("khoctl", "claim", "guest", "--", "true", status=8)
+        assert f"process {runs['pid']}" in held.err
+        assert "khod-early" in host.run("systemd-analyze", "fdstore", "khod-custodian.service").out
+        claimed_by_its_unit(host, runs["pid"])
+
+
+@pytest.mark.full  # a cold boot, and a kernel that is built by hand: python3 tests/vm/kernel.py 7.2
+def test_from_an_earlier_kernel(boot: type[Host]) -> None:
+    if not (kernel_directory("7.2") / "bzImage").exists():
+        pytest.skip("Linux 7.2 is not built: python3 tests/vm/kernel.py 7.2")
+    with boot(kernel="7.2") as host:
+        assert host.run("uname", "-r").out.startswith("7.2")
+        early.configured(host)
+        early.guest(host, "guest", enabled=False)
+        early.update(host)
+        assert host.record("runs").facts["equal"]
+        host.booted()
+        assert host.run("uname", "-r").out.startswith("7.3")
+        assert "state        restored" in host.run("khoctl", "status").out
+
+
+def sabotaged(host: Host, what: str) -> None:
+    host.program("sabotage", what, "/root/initrd")
+    early.update(host, "/root/initrd")
+
+
+def prepared(host: Host) -> None:
+    early.configured(host, "host")
+    host.programs("sabotage")
+    early.guest(host, "guest", enabled=True)
+
+
+def test_the_death_of_the_stage_with_memory_in_its_hands_costs_time_alone(boot: type[Host]) -> None:
+    with boot() as host:
+        prepared(host)
+        sabotaged(host, "memory")
+        assert host.record("held").facts["equal"]
+        host.booted()
+        assert "took over 3 descriptors" in host.run("journalctl", "-q", "-b", "-u", "khod-custodian", "-o", "cat").out
+
+
+@pytest.mark.full  # a boot for each
+def test_whatever_is_wrong_in_the_stage_the_guest_is_restored_on_the_root_file_system(boot: type[Host]) -> None:
+    with boot(deadline=850) as host:
+        prepared(host)
+        for what in POINTS:
+            sabotaged(host, what)
+            if what == "runs":
+                assert host.record("runs").facts["equal"], what
+                assert "runs already" in host.record("hold").facts["reason"]
+            else:
+                assert host.record("held").facts["equal"], what
+                host.booted()
+                assert "state        restored" in host.run("khoctl", "status").out or "idle" in host.run("khoctl", "status").out
