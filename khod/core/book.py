@@ -19,7 +19,7 @@ from khod.core.callers import Lifetime, Owner
 from khod.core.driver import StateBound
 from khod.core.ports import Machine
 from khod.core.registry import Entry, Grade, InstanceState, Key
-from khod.early.record import DEPOSIT
+from khod.early.record import DEPOSIT as EARLY
 from khod.errors import FormatError, KhodError
 
 BOOK = "book"
@@ -100,7 +100,7 @@ class Book:
             finally:
                 files.close(fd)
         named = {name for page in self.contents.pages.values() for name in page.deposits.values()}
-        custody.drop([name for name in kept if name not in (BOOK, DEPOSIT) and name not in named])
+        custody.drop([name for name in kept if name not in (BOOK, EARLY) and name not in named])
         self._next = 1 + max((_number(name) for name in kept), default=0)
         self._rewrite()
         return self.contents

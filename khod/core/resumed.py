@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
+from khod.core.callers import Lifetime
 from khod.core.keepers import Keepers
 from khod.core.ledger import Ledger, across
 from khod.core.ports import Machine, Stamp
@@ -49,14 +50,16 @@ def take_up(entry: Entry, one: Started) -> None:
 
 
 def hang(keepers: Keepers, entries: Iterable[Entry]) -> None:
-    """Have what runs hang on its process, until that claims it and says what it shall hang on."""
+    """Have what runs hang on its process, until that claims it and says what it shall hang on; but for what only an operator
+    ends."""
     for entry in entries:
         if not entry.runner_pid:
             continue
         presence = keepers.watch(entry.runner_pid)
         if presence is not None and presence.since == entry.runner_since:
             entry.runner = presence
-            keepers.hang(entry, presence, entry.runner_pid)
+            if entry.lifetime is not Lifetime.PERSISTENT:
+                keepers.hang(entry, presence, entry.runner_pid)
 
 
 def reckon(ledger: Ledger, found: Record, before: Stamp | None, now: Stamp) -> None:

@@ -108,6 +108,21 @@ def test_a_vmm_that_has_died_meanwhile_is_one_whose_claimant_died(world: World) 
     asyncio.run(scenario())
 
 
+def test_its_end_is_not_the_end_of_what_only_an_operator_ends(world: World) -> None:
+    async def scenario() -> None:
+        await jumped(world)
+        await started(world, "early")
+        vmm = Vmm()
+        world.watch = lambda pid: vmm if pid == PID else None
+        host = await world.khod()
+        vmm.end()
+        await settled()
+        await host.holdings.settled()
+        assert (await host.claim(ME, "early")).answer == "fds"
+
+    asyncio.run(scenario())
+
+
 def test_its_end_is_the_end_of_what_hung_on_a_process(world: World) -> None:
     async def scenario() -> None:
         await jumped(world, Lifetime.CONNECTION)
