@@ -5,13 +5,18 @@ buffer-format.rst). Same members, same bytes: no times, no owners, numbers in th
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
+
+from khod.abi import compression
+from khod.errors import FormatError
 
 ALIGNMENT: Final = 4
 """Of every header and of every content; and of an archive that follows another."""
 _MAGIC: Final = b"070701"
+_MAGICS: Final = (_MAGIC, b"070702")
+_HEAD: Final = 110
 _TRAILER: Final = "TRAILER!!!"
 
 
@@ -64,6 +69,41 @@ def archive(members: Mapping[str, Member], last: str = "") -> bytes:
         pieces += _pieces(path, number, whole[path])
     pieces += _pieces(_TRAILER, 0, Member(0))
     return b"".join(pieces)
+
+
+def names(data: bytes, limit: int = 1 << 30) -> Iterator[str]:
+    """Paths of the members of an initrd: archives one after the other, the last of which may be compressed, as the kernel
+    unpacks them. Raises FormatError for anything else, and for more than `limit` bytes behind the compression."""
+    at = 0
+    while at < len(data):
+        if not data[at]:
+            at += 1  # padding, up to any length
+        elif data[at : at + 6] in _MAGICS:
+            at = yield from _members(data, at)
+        else:
+            yield from names(compression.decompress(data[at:], limit), limit)
+            return
+
+
+def _members(data: bytes, at: int) -> Generator[str, None, int]:
+    """One archive; returns where it ends."""
+    while True:
+        head = data[at : at + _HEAD]
+        try:
+            if head[:6] not in _MAGICS:
+                raise ValueError
+            size, length = int(head[54:62], 16), int(head[94:102], 16)
+        except ValueError:
+            raise FormatError(f"there is no member of an archive at {at} of it")
+        name = data[at + _HEAD : at + _HEAD + length - 1].decode("utf-8", "surrogateescape")
+        at = _aligned(_aligned(at + _HEAD + length) + size)
+        if name == _TRAILER:
+            return at
+        yield name
+
+
+def _aligned(at: int) -> int:
+    return (at + ALIGNMENT - 1) & -ALIGNMENT
 
 
 def _pieces(path: str, number: int, member: Member) -> list[bytes]:

@@ -18,7 +18,7 @@ from khod.custodian.keeper import Keeper
 from khod.custodian.server import SIGHUP, SIGINT, Server
 from khod.custodian.store import Store
 from khod.custodian.table import MOST, Table
-from khod.early import paths, system
+from khod.early import paths, rootfs, system
 from khod.early.plan import read
 from khod.early.restore import Restore
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 
 def main(marks: dict[str, int], word: int, say: Callable[[str], None]) -> None:
-    """Restore, let the boot go on by a byte to `word`, and serve until everything is taken over, or, holding nothing, end."""
+    """Restore, let the boot go on by a byte to `word` (`NOBODY`: nobody was started), and serve until everything is taken over;
+    or, holding nothing, end."""
     os.setsid()
     for number in (SIGHUP, SIGINT):
         _signal.signal(number, _signal.SIG_IGN)
@@ -62,8 +63,9 @@ def main(marks: dict[str, int], word: int, say: Callable[[str], None]) -> None:
 
     def work(inherited: bool) -> None:
         if not inherited:  # else this is the twin of the one that restored, and has what it had
-            Restore(keeper, plan, marks, say).run()
-            os.write(word, b"\n")
+            restore = Restore(keeper, plan, marks, say)
+            restore.run()
+            os.write(word, b"+" if restore.began else rootfs.NOBODY)
             os.close(word)
         if not keeper.holds():
             server.end()

@@ -37,6 +37,8 @@ class Restore:
     def __init__(self, keeper: Keeper, plan: Plan, marks: dict[str, int], say: Callable[[str], None]) -> None:
         self._keeper, self._plan, self._marks, self._say = keeper, plan, marks, say
         self._record = -1
+        self.began = False
+        """Whether anybody's VMM was begun to be started."""
 
     def run(self) -> None:
         """All of it. Raises nothing but what nobody thought of."""
@@ -106,6 +108,7 @@ class Restore:
         self._mark("verified")
         given = [n for n, name in enumerate(one.names) if n < one.files or name in one.clients]
         words = [one.owner, one.name, one.session.decode()]
+        self.began = True
         record.note(self._record, "start", *words)
         names = [one.names[n] for n in given]
         why = starting.start(root, command, names, [fds[n] for n in given], one.clients, (self._record, words))

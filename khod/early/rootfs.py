@@ -11,10 +11,12 @@ from khod.early import paths, system
 
 ROOT = f"/{paths.HOME}/root"
 MS_RDONLY = 1
-MOVED = ("/dev", "/proc", "/sys", "/run")
+MOVED = ("/dev", "/proc", "/sys")
 """What is taken along to the root file system."""
 INITS = ("/sbin/init", "/etc/init", "/bin/init", "/bin/sh")
 """What the kernel tries where ``init=`` says nothing."""
+NOBODY = b"-"
+"""What the custodian says when it has started nobody: then nobody runs from what is in the initrd."""
 WAIT = 30.0
 """Seconds that the root's device may take to appear, unless ``rootwait`` says for ever."""
 TYPE_CHECKING = False  # typing takes longer to import than all that is done here
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 
-def go_on(arguments: list[str], say: Callable[[str], None]) -> NoReturn:
-    """Become the host's init. Raises OSError or ValueError when there is none."""
+def go_on(arguments: list[str], runs: bool, say: Callable[[str], None]) -> NoReturn:
+    """Become the host's init. `runs`: somebody may run from what is in the initrd. Raises OSError or ValueError when there is
+    no init."""
     if os.access(paths.HOST_INIT, os.X_OK):
         for target in ("/sys/fs/cgroup", "/sys", "/proc", "/dev"):  # it mounts them itself, and is refused where they are
             try:
@@ -35,6 +38,8 @@ def go_on(arguments: list[str], say: Callable[[str], None]) -> NoReturn:
     with open("/proc/cmdline") as f:
         options = cmdline(f.read())
     device = _device(options, say)
+    if not runs:
+        _free(f"/{paths.HOME}")
     _mount(device, options)
     for target in MOVED:
         try:
@@ -53,6 +58,17 @@ def go_on(arguments: list[str], say: Callable[[str], None]) -> NoReturn:
         except OSError as error:
             say(f"{init}: {error}")
     raise ValueError(f"no init on {device}: tried {', '.join(inits)}")
+
+
+def _free(path: str) -> None:
+    """Remove all that is below a directory: it is memory. What this process has open it goes on with."""
+    with os.scandir(path) as found:
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                _free(entry.path)
+                os.rmdir(entry.path)
+            else:
+                os.unlink(entry.path)
 
 
 def cmdline(text: str) -> dict[str, str]:

@@ -31,20 +31,22 @@ def main(arguments: list[str]) -> NoReturn:
             system.mount(kind, target, kind)
     except OSError as error:
         say(str(error))
+    runs = True
     try:
         marks["launched"] = _time(arguments[0])
-        restore(marks)
+        runs = restore(marks)
     except BaseException as error:
         say(f"the stage: {error!r}")
     try:
-        rootfs.go_on(arguments[1:], say)
+        rootfs.go_on(arguments[1:], runs, say)
     except BaseException as error:
         say(f"the boot cannot go on: {error}")
         raise
 
 
-def restore(marks: dict[str, int]) -> None:
-    """Have the child do its work; return when the boot may go on. Raises OSError where there can be no child."""
+def restore(marks: dict[str, int]) -> bool:
+    """Have the child do its work; return when the boot may go on: whether anybody may have been started. Raises OSError where
+    there can be no child."""
     ours, theirs = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
@@ -63,6 +65,12 @@ def restore(marks: dict[str, int]) -> None:
     poll.register(os.pidfd_open(pid), select.POLLIN)
     if not poll.poll(PATIENCE * 1000):
         say(f"nothing is restored after {PATIENCE:g} s: the boot goes on, and khod goes on with what there is")
+        return True
+    os.set_blocking(ours, False)
+    try:
+        return os.read(ours, 1) != rootfs.NOBODY
+    except BlockingIOError:  # its death was heard of first
+        return True
 
 
 def say(text: str) -> None:

@@ -38,6 +38,8 @@ class JumpImages:
             raise Refused(
                 "no initrd is named, and the host's own is to hold the restore stage", hint="khoctl load KERNEL --initrd PATH"
             )
+        if self._settings.use == HOST:
+            _check_stage(initrd)
         if self._settings.use == BUILD:
             initrd = self._build(kernel, initrd, words)
         return self._inner.open(kernel, initrd, with_stage(words))
@@ -96,6 +98,20 @@ def spec(settings: Initrd, release: str = "") -> Spec:
 
     starts = [Start(instance=s.instance, owner=s.owner, command=s.command, files=s.files) for s in settings.start]
     return Spec(release=release, modules=settings.modules, starts=tuple(starts))
+
+
+def _check_stage(initrd: str) -> None:
+    """Raises Refused for one without the stage: where rdinit= leads nowhere, the kernel runs no init of the initrd at all."""
+    from khod.abi.cpio import names
+    from khod.initrd.libraries import read
+
+    hint = "khoctl initrd build makes one that does; or see the hooks for dracut and initramfs-tools"
+    try:
+        if paths.LAUNCHER.lstrip("/") in names(read(initrd)):
+            return
+    except FormatError as error:
+        raise Refused(f"{initrd} is no initrd whose contents can be seen: {error.message}", hint=hint)
+    raise Refused(f"{initrd} does not hold the restore stage", hint=hint)
 
 
 def without_stage(cmdline: str) -> str:

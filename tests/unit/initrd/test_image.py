@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
 
+from khod.abi import cpio
 from khod.config import Initrd
 from khod.core.ports import Kexec
 from khod.early import paths
@@ -24,6 +26,13 @@ def kernel(tmp_path: Path) -> str:
     path = tmp_path / "bzImage"
     path.write_bytes(build())
     return str(path)
+
+
+def packed(early: bytes, files: dict[str, bytes]) -> bytes:
+    """An initrd as distributions make them: an archive that is read early, and a compressed one."""
+    first = cpio.archive({"kernel/x86/microcode": cpio.file(early)})
+    second = cpio.archive({name: cpio.file(content) for name, content in files.items()})
+    return first + bytes(512) + gzip.compress(second)
 
 
 def images(use: str, tmp_path: Path) -> Kexec:
@@ -82,13 +91,22 @@ def test_what_is_no_kernel_is_found_before_anything_is_built(tmp_path: Path) -> 
 
 def test_an_initrd_that_has_the_stage_is_only_named(tmp_path: Path, kernel: str) -> None:
     own = tmp_path / "own"
-    own.write_bytes(b"built by dracut")
+    own.write_bytes(packed(b"microcode", {"khod/init": b"", "init": b""}))
     kexec = images("host", tmp_path)
     image = kexec.open(kernel, str(own), "root=UUID=1")
     assert (image.initrd, image.cmdline) == (str(own), f"root=UUID=1 {STAGE}")
     kexec.release(image)
     with pytest.raises(Refused, match="no initrd is named"):
         kexec.open(kernel, "", "root=UUID=1")
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"070701", b"\x1f\x8b" + bytes(20)])
+def test_an_initrd_without_the_stage_is_refused(tmp_path: Path, kernel: str, data: bytes) -> None:
+    own = tmp_path / "own"
+    for content in (data, packed(b"microcode", {"init": b"x"})):
+        own.write_bytes(content)
+        with pytest.raises(Refused, match=r"stage|no initrd whose contents"):
+            images("host", tmp_path).open(kernel, str(own), "root=UUID=1")
 
 
 def test_the_path_is_the_launchers() -> None:
