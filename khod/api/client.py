@@ -215,6 +215,7 @@ class Client:
             fds=[fd for _, fd in received],
             states=claim.states,
             handle=claim.handle,
+            lifetime=claim.lifetime,
             process=claim.process,
         )
 
@@ -309,6 +310,7 @@ class _ClaimAnswer(msgspec.Struct):
     fds: list[_Sent]
     states: list[str]
     handle: str
+    lifetime: str = ""
     process: int = 0
 
 

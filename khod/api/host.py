@@ -70,6 +70,7 @@ class ClaimAnswer:
     states: list[str]
     """Which of `fds` are states."""
     handle: str
+    lifetime: str
     process: int
 
 
@@ -211,7 +212,7 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
         from disk neither; `process` is then that which runs it already, because the initrd started it, or 0. Of `fds`, those
         that `states` names are what the client wrote: a u64 length, little-endian, then the bytes. `handle` is the instance's
         from now on. The first claim after a jump registers it again with `lifetime`, by default that which it had; later ones
-        change nothing while the claimant keeps it, or has subscribed to it.
+        change nothing while the claimant keeps it, or has subscribed to it, but for his own with another lifetime.
         `unverified`, for who may administer, hands out what khod cannot vouch for.
         """
         asked = None if lifetime is None else _lifetime(lifetime)
@@ -219,7 +220,7 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
         sendable = await descriptors.export(self._files, view.fds)
         pairs = zip(view.names, sendable, strict=True)
         sent = [Descriptor(fd_name, fd) for fd_name, fd in pairs]
-        return ClaimAnswer(view.answer, view.reason, sent, list(view.states), view.handle, view.process)
+        return ClaimAnswer(view.answer, view.reason, sent, list(view.states), view.handle, view.lifetime, view.process)
 
     @varlinkmethod
     async def Finished(self, handle: str, ran: float = 0.0) -> None:

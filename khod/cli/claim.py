@@ -32,7 +32,8 @@ def claim(
         str | None,
         typer.Option(
             metavar="LIFETIME",
-            help="Of the instance from now on: persistent, process (that of COMMAND); the one that it had if not given.",
+            help="Of the instance from now on: persistent, or process (that of COMMAND); if not given the one that it had, "
+            "process for connection.",
             show_default=False,
         ),
     ] = None,
@@ -62,6 +63,10 @@ def claim(
         raise InvalidRequest(f"there is no command {command[0]!r}", hint="nothing was claimed")
     with khod(context) as client:
         view = client.claim(name, owner=owner, lifetime=lifetime, unverified=unverified)
+        if view.lifetime == "connection":  # that of ours, which ends when COMMAND begins: it shall hang on COMMAND
+            for fd in view.fds:
+                os.close(fd)
+            view = client.claim(name, owner=owner, lifetime="process", unverified=unverified)
         if json:
             output.print_json(
                 {

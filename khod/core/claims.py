@@ -15,7 +15,7 @@ from khod.core.ports import Machine
 from khod.core.registry import Entry, Grade, InstanceState, Registry
 from khod.core.state import State
 from khod.core.views import ClaimView
-from khod.errors import KhodError, NotPermitted
+from khod.errors import KhodError, Lost, NotPermitted
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,11 @@ class Claims:
             return Claimed(hold(reason, process=entry.runner_pid))
         if reason := _held_back(entry, state, unverified):
             return Claimed(hold(reason))
+        changes_hands = self._changes_hands(entry, caller, lifetime)
+        if changes_hands:
+            _check_keeper(entry, caller, lifetime or entry.lifetime)
         self._record(entry, caller, update)
-        return self._hand_out(entry, lifetime)
+        return self._hand_out(entry, lifetime, changes_hands=changes_hands)
 
     def _record(self, entry: Entry, caller: Caller, update: str) -> None:
         """Journal the claim. A guest does not stand still for want of a record; what is not verified is handed out on record
@@ -96,20 +99,22 @@ class Claims:
                 raise
             return hold(f"an instance {name!r} of somebody else is here: a second life could ruin its disk")
 
-    def _changes_hands(self, entry: Entry) -> bool:
+    def _changes_hands(self, entry: Entry, caller: Caller, lifetime: Lifetime | None) -> bool:
         """Whether who claims it is its client from now on. Of one whose client is there others get descriptors, and no more:
-        with another handle it would not hear of the next update, and its guest would run into the jump."""
+        with another handle it would not hear of the next update, and its guest would run into the jump. Who claims his own
+        with another lifetime means that."""
         if entry.state is InstanceState.REGISTERED:
             return False
         if entry.runner is not None:  # the initrd started it, and this is its first word, or its successor's
             return True
+        if lifetime not in (None, entry.lifetime) and entry.keeper in (caller.connection, caller.process):
+            return True
         kept = entry.keeper is not None and entry.keeper.there
         return entry.state is not InstanceState.CLAIMED or not (kept or self._broker.answers(entry.handle))
 
-    def _hand_out(self, entry: Entry, lifetime: Lifetime | None) -> Claimed:
+    def _hand_out(self, entry: Entry, lifetime: Lifetime | None, *, changes_hands: bool) -> Claimed:
         duplicate = self._machine.files.duplicate
         void = entry.handle
-        changes_hands = self._changes_hands(entry)
         entry.runner = None
         if changes_hands:
             self._registry.set_handle(entry, new_handle())
@@ -129,8 +134,16 @@ class Claims:
             fds=[duplicate(fd) for fd in borrowed],
             states=states,
             handle=entry.handle,
+            lifetime=entry.lifetime,
         )
         return Claimed(view, entry, void) if changes_hands else Claimed(view)
+
+
+def _check_keeper(entry: Entry, caller: Caller, lifetime: Lifetime) -> None:
+    """Raises Lost where the instance would hang on what has ended: it would be let go of at once."""
+    keeper = caller.keeper(lifetime)
+    if keeper is not None and not keeper.there:
+        raise Lost(f"{entry.label}: the {lifetime} that claims it is gone", hint="claim again")
 
 
 def _held_back(entry: Entry, state: State, unverified: bool) -> str:

@@ -118,7 +118,8 @@ class Service(Protocol):
         unverified: bool = False,
     ) -> ClaimView:
         """Hand an instance's descriptors out (decision 24). The first claim after a jump registers it again with the claimant's
-        `lifetime`, None for that which it had; later ones change nothing while the claimant keeps it, or answers for it.
+        `lifetime`, None for that which it had; later ones change nothing while the claimant keeps it, or answers for it, but
+        for his own with another lifetime.
 
         Raises NotPermitted for `unverified` without the right to administer, Lost when the caller's connection has ended."""
         ...

@@ -199,6 +199,8 @@ class ClaimView:
     """Which of `names` are states: u64 length, little-endian, then what the client wrote in the old kernel."""
     handle: str = ""
     """For the instance from now on; earlier ones are void."""
+    lifetime: str = ""
+    """What it hangs on: 'connection', 'process', 'persistent'; '' where nothing is handed out."""
     process: int = 0
     """Of a 'hold': the process that runs it already, started in the initrd; 0 for none."""
 

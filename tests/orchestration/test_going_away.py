@@ -119,6 +119,23 @@ def test_a_claim_whose_connection_ends_before_its_turn_takes_nothing(world: Worl
     asyncio.run(scenario())
 
 
+def test_a_claim_by_a_process_that_is_gone_takes_nothing(world: World) -> None:
+    """Its connection may be another's by now."""
+
+    async def scenario() -> None:
+        await world.khod()
+        await world.register("vm-1", world.memory())
+        host = await world.jump()
+        gone = caller()
+        gone.process.end()  # type: ignore[attr-defined]
+        with pytest.raises(Lost, match="vm-1: the process that claims it is gone"):
+            await host.claim(gone, "vm-1", lifetime=Lifetime.PROCESS)
+        assert world.entry("vm-1").state == "restored"
+        assert (await host.claim(gone, "vm-1", lifetime=Lifetime.CONNECTION)).answer == "fds"
+
+    asyncio.run(scenario())
+
+
 def test_a_client_that_hangs_up_and_lives_fails_its_instances(world: World) -> None:
     async def scenario() -> None:
         host = await world.khod()
