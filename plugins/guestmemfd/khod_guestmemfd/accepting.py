@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from khod.core.ports import F_SEAL_EXEC, FileStat, Machine
@@ -49,23 +48,28 @@ def accept(machine: Machine, request: Request, options: Options) -> list[Memory]
     if not request.fds:
         raise InvalidRequest(f"{request.name}: a guestmemfd instance needs at least one memfd")
     stats = {name: machine.files.stat(fd) for name, fd in request.fds.items()}
-    preserved = {kind for kind in {s.kind for s in stats.values()} & set(KINDS) if _native(machine, kind)}
-    return [_one(machine, request.name, name, stat, options, preserved) for name, stat in stats.items()]
+    answers = {kind: _native(machine, kind) for kind in {s.kind for s in stats.values()} & set(KINDS)}
+    return [_one(machine, request.name, name, stat, options, answers.get(stat.kind, False)) for name, stat in stats.items()]
 
 
-def _native(machine: Machine, kind: str) -> bool:
-    """Whether the kernel preserves such files. One that cannot be asked now, or nothing to ask with, is no reason to turn down
-    what can be carried on every kernel."""
+def _native(machine: Machine, kind: str) -> bool | KhodError:
+    """Whether the kernel preserves such files; why it cannot be asked now, or there is nothing to ask with."""
     if kind == "memfd":
         return True
     try:
         return native(machine, lambda: machine.files.specimen(kind))
-    except KhodError:
-        return False
+    except KhodError as error:
+        return error
 
 
-def _one(machine: Machine, instance: str, name: str, stat: FileStat, options: Options, preserved: Collection[str]) -> Memory:
-    carried = stat.kind not in preserved
+def _one(machine: Machine, instance: str, name: str, stat: FileStat, options: Options, preserved: bool | KhodError) -> Memory:
+    carried = preserved is not True  # not to know is no reason to turn down what can be carried on every kernel
+    if isinstance(preserved, KhodError) and not stat.mappable:
+        raise Refused(
+            f"{instance}: descriptor {name!r} is a private guest_memfd, which nobody can copy; whether this kernel preserves it"
+            f" cannot be told now: {preserved}",
+            hint="register it again when nobody else has /dev/liveupdate open",
+        )
     reason = refusal(stat, native=not carried)
     if reason is None and carried and stat.kind == "hugetlb" and not options.carry:
         figures = machine.memory.figures()
