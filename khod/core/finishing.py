@@ -21,8 +21,7 @@ class Finisher:
     def blockers(self) -> list[str]:
         """Instances that stand against finishing everything, in sentences: what came with them would be lost (decision 7)."""
         found = [f"{e.label} is {e.state}: {e.problem}" for e in self._registry if not e.state.sound]
-        opaque = [e for e in self._registry if e.grade is Grade.OPAQUE and e.incoming and e.state.sound]
-        return found + [f"{e.label} is opaque, and its owner has not said that it is finished" for e in opaque]
+        return found + [e.unfinished for e in self._registry if e.state.sound and e.unfinished]
 
     async def one(self, entry: Entry) -> None:
         """Finish an instance's session: everything of it is in custody by itself before. Finished already: no effect."""

@@ -409,7 +409,7 @@ class Host:
         if found := self._finisher.blockers():
             raise Refused(
                 f"not finished: {'; '.join(found)}",
-                hint="`khoctl claim --unverified` hands out what is damaged, `khoctl discard` lets go of it for good",
+                hint="`khoctl claim` hands it out (--unverified what is damaged), `khoctl discard` lets go of it for good",
             )
         self._set_state(State.FINISHING)
         try:

@@ -145,6 +145,15 @@ class Entry:
         """The instances without which it cannot come along."""
         return {(self.owner, name) for name in self.requires} | {key for key, _ in self.shares.values()}
 
+    @property
+    def unfinished(self) -> str:
+        """Why khod cannot finish its session by itself: what came in it would be lost (decision 7). '' when it can."""
+        if self.incoming and self.grade is Grade.OPAQUE:
+            return f"{self.label} is opaque and came through a jump, and its owner has not said that it is finished"
+        if self.incoming and self.client_states and self.state is InstanceState.RESTORED:
+            return f"{self.label} came with states of its client, which nobody has claimed"
+        return ""
+
     def view(self, machine: Machine, others: Iterable[Entry] = (), users: Iterable[Entry] = ()) -> Instance:
         """As its driver sees it; what it requires is looked for among `others`, and `users` are those that require it."""
         needed = [e for e in others if self._requires(e)] if self.requires else []

@@ -370,6 +370,32 @@ def test_a_clients_own_state_comes_through(world: World) -> None:
     asyncio.run(scenario())
 
 
+def test_states_that_nobody_has_claimed_are_not_finished_away(world: World) -> None:
+    """The memory without them is no guest: what could not be passed on blocks by name (decision 7)."""
+
+    async def scenario() -> None:
+        host = await world.khod()
+        await world.register("vm-1", world.memory(), states=[StateBound("vcpus", 64)])
+        guest = Guest("vm-1")
+
+        async def write() -> None:
+            ((_, fd),) = await host.states(guest.me, world.entry("vm-1").handle)
+            host.machine.files.write(fd, 0, (9).to_bytes(8, "little") + b"registers")
+
+        guest.on["quiesce"] = write
+        await guest.attend(host)
+        host = await world.jump()
+        with pytest.raises(Refused, match="vm-1 came with states of its client, which nobody has claimed"):
+            await host.finish()
+        with pytest.raises(Refused, match="instance:vm-1: vm-1 came with states"):
+            await world.update()
+        answer = await host.claim(ME, "vm-1")
+        assert host.machine.files.read(answer.fds[1], 8, 9) == b"registers"
+        await host.finish()
+
+    asyncio.run(scenario())
+
+
 def test_an_instance_with_states_needs_its_client(world: World) -> None:
     async def scenario() -> None:
         await world.khod()

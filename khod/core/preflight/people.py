@@ -19,7 +19,7 @@ def checks(seen: Situation) -> Iterator[Check]:
         name = instance.label
         remedy = f"mend it, or `khoctl unregister {name}`"
         if not instance.sound:
-            remedy = f"`khoctl claim --unverified {name}` hands it out, `khoctl discard {name}` lets go of it"
+            remedy = f"`khoctl claim {name}` hands it out (--unverified what is damaged), `khoctl discard {name}` lets go of it"
         yield blocker(f"instance:{instance.label}", evidence, remedy, final=not instance.sound)
     for instance in seen.instances:
         if instance.opaque:

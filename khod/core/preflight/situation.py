@@ -58,7 +58,7 @@ class Instance:
     label: str
     objections: tuple[str, ...]
     sound: bool = True
-    """Whether it is whole: one that is damaged, or that no driver knows, may not go along."""
+    """Whether it is whole: one that is damaged, that no driver knows, or that is not finished, may not go along."""
     opaque: bool = False
     required: bool = True
     """Whether an update fails without it."""
@@ -172,7 +172,7 @@ class Surveyor:
         return Instance(
             label=entry.label,
             objections=(*unmet, *await self._objections(entry, entries)),
-            sound=entry.state.sound and not _unfinished(entry),
+            sound=entry.state.sound and not entry.unfinished,
             opaque=opaque,
             required=entry.required,
             deserted=deserted,
@@ -183,8 +183,8 @@ class Surveyor:
     async def _objections(self, entry: Entry, entries: Sequence[Entry]) -> list[str]:
         if not entry.state.sound or (entry.driver is None and entry.grade is Grade.REGISTERED):
             return [f"{entry.label} is {entry.state}: {entry.problem}"]
-        if _unfinished(entry):
-            return [f"{entry.label} is opaque and came through a jump: its owner has not said that it is finished"]
+        if entry.unfinished:
+            return [entry.unfinished]
         if entry.driver is None:
             return []
         try:
@@ -237,11 +237,6 @@ def read(image: Image) -> Target:
 def _huge(machine: Machine, entries: Sequence[Entry]) -> int:
     made = [machine.files.stat(entry.fds[name]) for entry in entries for name in entry.declaration.made if name in entry.fds]
     return sum(stat.size for stat in made if stat.kind == "hugetlb")
-
-
-def _unfinished(entry: Entry) -> bool:
-    """Whether it is a session that its owner filled before the last jump, and is not through with."""
-    return entry.grade is Grade.OPAQUE and bool(entry.incoming)
 
 
 def _retrieved(machine: Machine, entries: Sequence[Entry]) -> tuple[int, int]:
