@@ -12,8 +12,9 @@ here owns a descriptor; they are numbers, and are closed by `os.close` alone.
 
 from __future__ import annotations
 
-import os
 import select
+
+from khod.custodian.native import Long, error, function
 
 SIGKILL, SIGCHLD = 9, 17
 CLONE_FILES = 0x400
@@ -27,21 +28,21 @@ def clone() -> int:
 
     The process has one thread. Raises OSError.
     """
-    import ctypes
-
-    # PyDLL keeps the interpreter's lock, as os.fork() does; the three calls around are what it does before and after, too.
-    api, libc = ctypes.pythonapi, ctypes.PyDLL(None, use_errno=True)
-    syscall, zero = libc["syscall"], ctypes.c_long(0)
-    syscall.restype = ctypes.c_long
-    api.PyOS_BeforeFork()
-    pid = int(syscall(ctypes.c_long(NR_CLONE), ctypes.c_long(CLONE_FILES | SIGCHLD), zero, zero, zero, zero))
+    # With the interpreter's lock held, as os.fork() does; the three calls around are what it does before and after, too.
+    flags, zero = Long(CLONE_FILES | SIGCHLD), Long(0)
+    syscall = function("syscall", held=True)
+    before, child, parent = (
+        function(f"PyOS_{name}", held=True) for name in ("BeforeFork", "AfterFork_Child", "AfterFork_Parent")
+    )
+    before()
+    pid = syscall(Long(NR_CLONE), flags, zero, zero, zero, zero)
     if pid == 0:
-        api.PyOS_AfterFork_Child()
+        child()
         return 0
-    number = ctypes.get_errno()
-    api.PyOS_AfterFork_Parent()
-    if pid < 0:
-        raise OSError(number, f"clone: {os.strerror(number)}")
+    failed = error("clone") if pid < 0 else None
+    parent()
+    if failed is not None:
+        raise failed
     return pid
 
 

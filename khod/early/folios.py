@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from array import array
+from struct import unpack
 
 PM_PRESENT = 1 << 63
 PM_PFN = (1 << 55) - 1
@@ -73,11 +73,17 @@ def _head(kpageflags: int, pfn: int) -> int | None:
     raise NoFolio(f"frame {pfn:#x} is in a compound page that has no head")
 
 
-def entries(file: int, first: int, count: int) -> array[int]:
+def entries(file: int, first: int, count: int) -> tuple[int, ...]:
     """`count` entries of pagemap or kpageflags; fewer at the end of memory only."""
+    data = raw(file, first, count)
+    return unpack(f"={len(data) // _ENTRY}Q", data)
+
+
+def raw(file: int, first: int, count: int) -> bytes:
+    """The same, as bytes."""
     parts = []
     offset, left = first * _ENTRY, count * _ENTRY
     while left and (part := os.pread(file, left, offset)):
         parts.append(part)
         offset, left = offset + len(part), left - len(part)
-    return array("Q", b"".join(parts))
+    return b"".join(parts)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""System calls that Python has no name for, by ctypes. Errors are OSError."""
+"""System calls that Python has no name for. Errors are OSError."""
 
 from __future__ import annotations
 
-import ctypes
 import os
+
+from khod.custodian.native import Long, error, function
 
 MS_MOVE = 8192
 MNT_DETACH = 2
@@ -16,30 +17,24 @@ MODULE_INIT_COMPRESSED_FILE = 4
 MADV_POPULATE_READ = 22
 PAGE = 4096
 _PROT_READ, _MAP_SHARED = 1, 1
-_FAILED = (1 << 64) - 1
+_INT = (1 << 32) - 1
+"""What counts of a result that is an int of C: 0, unless it failed."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-def _check(result: int, what: str) -> None:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+_mount, _umount2, _syscall = function("mount"), function("umount2"), function("syscall")
+_mmap, _munmap, _madvise = function("mmap"), function("munmap"), function("madvise")
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
     """mount(2)."""
     words = [os.fsencode(word) for word in (source, target, kind)]
-    _check(_libc.mount(*words, ctypes.c_ulong(flags), os.fsencode(options) or None), f"mount {source} at {target}")
+    if _mount(*words, Long(flags), os.fsencode(options) or None) & _INT:
+        raise error(f"mount {source} at {target}")
 
 
 def detach(target: str) -> None:
     """umount2(2) with MNT_DETACH: whoever has something open there keeps it."""
-    _check(_libc.umount2(os.fsencode(target), MNT_DETACH), f"unmount {target}")
+    if _umount2(os.fsencode(target), Long(MNT_DETACH)) & _INT:
+        raise error(f"unmount {target}")
 
 
 def load_module(path: str) -> None:
@@ -47,7 +42,8 @@ def load_module(path: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         flags = 0 if path.endswith(".ko") else MODULE_INIT_COMPRESSED_FILE
-        _check(_libc.syscall(ctypes.c_long(NR_FINIT_MODULE), fd, b"", flags), f"load {path}")
+        if _syscall(Long(NR_FINIT_MODULE), Long(fd), b"", Long(flags)):
+            raise error(f"load {path}")
     finally:
         os.close(fd)
 
@@ -56,17 +52,17 @@ class Page:
     """One page of a file, mapped and populated, at `address`; a context manager."""
 
     def __init__(self, fd: int, index: int) -> None:
-        address = _libc.mmap(None, PAGE, _PROT_READ, _MAP_SHARED, fd, index * PAGE)
-        if address is None or address == _FAILED:
-            _check(-1, f"map page {index}")
-        self.address = int(address)
+        self.address = _mmap(None, Long(PAGE), Long(_PROT_READ), Long(_MAP_SHARED), Long(fd), Long(index * PAGE))
+        if self.address == -1:
+            raise error(f"map page {index}")
 
     def __enter__(self) -> Page:
-        _check(_libc.madvise(self.address, PAGE, MADV_POPULATE_READ), "populate a page")
+        if _madvise(Long(self.address), Long(PAGE), Long(MADV_POPULATE_READ)) & _INT:
+            raise error("populate a page")
         return self
 
     def __exit__(self, *_: object) -> None:
-        _libc.munmap(self.address, PAGE)
+        _munmap(Long(self.address), Long(PAGE))
 
 
 def survive() -> None:
@@ -75,7 +71,11 @@ def survive() -> None:
     with open("/proc/self/stat", "rb") as f:
         fields = f.read().rpartition(b")")[2].split()
     # arg_start is field 48 (proc_pid_stat(5)); the first after the name is the third.
-    ctypes.memset(int(fields[48 - 3]), ord("@"), 1)
+    fd = os.open("/proc/self/mem", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.pwrite(fd, b"@", int(fields[48 - 3]))
+    finally:
+        os.close(fd)
     with open("/proc/self/comm", "w") as name:
         name.write("khod-early")
 

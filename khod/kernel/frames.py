@@ -74,7 +74,7 @@ def _window(fd: int, offset: int, length: int) -> FolioWindow:
     pages = -(-length >> PAGE_SHIFT)
     with Mapping(fd, offset, length) as window, _opened("self/pagemap") as pagemap:
         window.populate()
-        entries = np.frombuffer(_entries(pagemap, window.address >> PAGE_SHIFT, pages), np.uint64)
+        entries = np.frombuffer(folios.raw(pagemap, window.address >> PAGE_SHIFT, pages), np.uint64)
         with _opened("kpageflags") as flags:
             pfns = _frames(entries, offset >> PAGE_SHIFT)
             return _folios(flags, offset, pfns, _flags(flags, pfns))
@@ -102,7 +102,7 @@ def _flags(kpageflags: int, pfns: NDArray[np.uint64]) -> NDArray[np.uint64]:
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         run = ascending[start:end]
         first = int(run[0])
-        read = np.frombuffer(_entries(kpageflags, first, int(run[-1]) - first + 1), np.uint64)
+        read = np.frombuffer(folios.raw(kpageflags, first, int(run[-1]) - first + 1), np.uint64)
         out[order[start:end]] = read[run - first]
     return out
 
