@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from khod.core.driver import StateBound
 from khod.core.preflight.verdict import Verdict
 from khod.core.state import State
 from khod.core.views import CheckView
@@ -178,6 +179,16 @@ def test_limits_that_the_next_kernel_s_khod_would_meet(world: World) -> None:
     async def scenario() -> None:
         await world.khod()
         await world.register("vm-1", world.memory(8 * MIB))
+        world.workload.limit_custody(memory=4 * MIB)
+        await blocked(world, "next-boot", "raise MemoryMax=")
+
+    asyncio.run(scenario())
+
+
+def test_states_of_clients_count_for_the_next_kernels_limits(world: World) -> None:
+    async def scenario() -> None:
+        await world.khod()
+        await world.register("vm-1", world.memory(), states=[StateBound("device", 8 * MIB)])
         world.workload.limit_custody(memory=4 * MIB)
         await blocked(world, "next-boot", "raise MemoryMax=")
 

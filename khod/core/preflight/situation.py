@@ -11,7 +11,7 @@ from khod.abi.fleet import Fleet
 from khod.core import images
 from khod.core.blocking import blocking
 from khod.core.callers import Kind
-from khod.core.driver import Continuity
+from khod.core.driver import Continuity, StateArea
 from khod.core.need import Need, reckon
 from khod.core.ports import Image, KernelFacts, Machine, MemoryFigures
 from khod.core.registry import Entry, Grade
@@ -240,11 +240,11 @@ def _huge(machine: Machine, entries: Sequence[Entry]) -> int:
 
 
 def _retrieved(machine: Machine, entries: Sequence[Entry]) -> tuple[int, int]:
+    """Bytes and descriptors, a session for each instance among them, as `khod.core.restore` asks for them to be proven."""
     size = files = 0
     for entry in entries:
-        for preserve in entry.declaration.fds:
-            size += machine.files.stat(preserve.fd).size
-            files += 1
-        size += sum(bound.size for bound in entry.declaration.states)
-        files += len(entry.declaration.states)
+        preserved = [p.fd for p in entry.declaration.fds if p.name not in entry.shares]
+        size += sum(machine.files.stat(fd).size for fd in preserved)
+        size += sum(StateArea.file_size(bound) for bound in entry.bounds)
+        files += 1 + len(entry.declaration.fds) + len(entry.bounds)
     return size, files
