@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A VMM with its descriptors, as ``khoctl claim`` would start it.
 
-It runs from a file system that stays when the initrd is cleared away, and has a control group of its own, which says that it
-is to be spared meanwhile.
+It runs from a file system that stays when the initrd is cleared away, with mounts of its own, since whoever moves to another
+root detaches what was mounted below the old one; and in a control group that says that it is to be spared meanwhile.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def _become(
         with open("/proc/self/oom_score_adj", "w") as f:
             f.write("0")
         since = system.began()
+        system.mounts_apart()
         os.chroot(root)
         os.chdir("/")
         # Out of the way first: their numbers may be those that others have to get.

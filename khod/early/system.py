@@ -7,7 +7,9 @@ import os
 
 from khod.custodian.native import Long, error, function
 
-MS_MOVE = 8192
+CLONE_NEWNS = 0x20000
+"""include/uapi/linux/sched.h."""
+MS_MOVE, MS_REC, MS_PRIVATE = 8192, 16384, 1 << 18
 MNT_DETACH = 2
 """include/uapi/linux/mount.h; include/linux/fs.h."""
 NR_FINIT_MODULE = 313
@@ -21,6 +23,7 @@ _INT = (1 << 32) - 1
 """What counts of a result that is an int of C: 0, unless it failed."""
 
 _mount, _umount2, _syscall = function("mount"), function("umount2"), function("syscall")
+_unshare = function("unshare")
 _mmap, _munmap, _madvise = function("mmap"), function("munmap"), function("madvise")
 
 
@@ -35,6 +38,14 @@ def detach(target: str) -> None:
     """umount2(2) with MNT_DETACH: whoever has something open there keeps it."""
     if _umount2(os.fsencode(target), Long(MNT_DETACH)) & _INT:
         raise error(f"unmount {target}")
+
+
+def mounts_apart() -> None:
+    """unshare(2) with CLONE_NEWNS, and nothing is passed on to or from where we were: what is mounted for us stays so, whatever
+    becomes of the root."""
+    if _unshare(Long(CLONE_NEWNS)) & _INT:
+        raise error("unshare the mounts")
+    mount("none", "/", "", MS_REC | MS_PRIVATE)
 
 
 def load_module(path: str) -> None:

@@ -14,9 +14,10 @@ from khod.initrd import contents, libraries
 
 SYSTEMD = "/usr/lib/systemd"
 PROGRAMS = (
-    f"{SYSTEMD}/systemd", f"{SYSTEMD}/systemd-executor", f"{SYSTEMD}/systemd-sysroot-fstab-check", "/usr/bin/systemctl",
-    "/usr/bin/mount", "/usr/bin/umount",
+    f"{SYSTEMD}/systemd", f"{SYSTEMD}/systemd-executor", "/usr/bin/systemctl", "/usr/bin/mount", "/usr/bin/umount",
 )  # fmt: skip
+CHECK = f"{SYSTEMD}/systemd-sysroot-fstab-check"
+"""What initrd-cleanup.service waits for. It is the generator of mounts by another name; as such it would wait for udev."""
 ROOT = """
 [Unit]
 DefaultDependencies=no
@@ -42,6 +43,7 @@ def main() -> None:
     system = str(units).lstrip("/")
     below[f"{system}/{NAME}"] = cpio.file(ROOT.encode())
     below[f"{system}/initrd-root-fs.target.wants/{NAME}"] = cpio.link(f"../{NAME}")
+    below[CHECK.lstrip("/")] = cpio.file(libraries.read(CHECK), 0o755)
     below["init"] = cpio.link(f"{SYSTEMD}/systemd")
     below["etc/initrd-release"] = below["etc/os-release"] = cpio.file(b"ID=khod-lab\n")
     for empty in ("sysroot", "dev", "proc", "sys", "run", "tmp", "var"):
