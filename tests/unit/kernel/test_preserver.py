@@ -90,9 +90,19 @@ def test_a_helper_that_was_killed_while_idle_is_replaced(preserver: Preserver, m
 def test_a_helper_that_ends_of_itself_is_no_lack_of_memory(preserver: Preserver, memfd: int) -> None:
     preserver.preserve(memfd, memfd, 0)
     (helper,) = preserver._idle
+    os.kill(helper.process.pid, signal.SIGSTOP)  # or it might have ended before it is taken, and another be made
     helper.channel.send(b"not a token")  # it ends with a traceback
+
+    def go_on() -> None:
+        while preserver._idle:
+            pass
+        os.kill(helper.process.pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
     with pytest.raises(MachineError, match="status 1") as refused:
         preserver.preserve(memfd, memfd, 1)
+    thread.join()
     assert not isinstance(refused.value, OutOfMemory)
 
 
