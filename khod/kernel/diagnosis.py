@@ -3,26 +3,26 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
-
-_TRUE = frozenset({"", "1", "y", "Y", "on", "t", "T"})
-"""What kstrtobool() takes for true; a bare word counts too."""
 
 
 def why_missing(root: Path = Path("/")) -> str:
     """Which condition of /dev/liveupdate this kernel does not meet, and what to do. `root` holds proc, sys and boot."""
-    options = _kernel_config(root)
-    if options is not None and "CONFIG_LIVEUPDATE" not in options:
-        lacking = "CONFIG_KEXEC_HANDOVER, CONFIG_LIVEUPDATE" if "CONFIG_KEXEC_HANDOVER" not in options else "CONFIG_LIVEUPDATE"
+    from khod.abi import cmdline  # only for an error message
+    from khod.kernel.facts import kernel_config
+
+    config = kernel_config(root)
+    if config is not None and config.get("CONFIG_LIVEUPDATE") != "y":
+        handover = config.get("CONFIG_KEXEC_HANDOVER") == "y"
+        lacking = "CONFIG_LIVEUPDATE" if handover else "CONFIG_KEXEC_HANDOVER, CONFIG_LIVEUPDATE"
         return f"this kernel is built without {lacking} and CONFIG_LIVEUPDATE_MEMFD: boot one that has them"
-    words = _parameters(root)
-    default = options is not None and "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT" in options
+    options = cmdline.parse((root / "proc/cmdline").read_text())
+    default = config is not None and config.get("CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT") == "y"
     missing = []
-    if not _enabled(words, "kho", default=default):
+    if not options.flag("kho", default=default):
         missing.append("kho=on")
-    if not _enabled(words, "liveupdate", default=False):
+    if not options.flag("liveupdate", default=False):
         missing.append("liveupdate=on")
     if missing:
         return f"add {' and '.join(missing)} to the kernel command line and boot again"
@@ -61,31 +61,8 @@ def _holds(process: Path, path: str) -> bool:
     return False
 
 
-def _parameters(root: Path) -> dict[str, str]:
-    words = (root / "proc/cmdline").read_text().split()
-    return {key: value for key, _, value in (word.partition("=") for word in words)}
-
-
-def _enabled(words: dict[str, str], name: str, *, default: bool) -> bool:
-    return words[name] in _TRUE if name in words else default
-
-
 def _registered(root: Path) -> bool:
     try:
         return bool(re.search(r"^\s*\d+ liveupdate$", (root / "proc/misc").read_text(), re.M))
     except OSError:
         return False
-
-
-def _kernel_config(root: Path) -> frozenset[str] | None:
-    """The options that are =y in the running kernel; None when nobody kept its configuration."""
-    import gzip  # only for an error message
-
-    try:
-        text = gzip.decompress((root / "proc/config.gz").read_bytes()).decode()
-    except OSError:
-        try:
-            text = (root / "boot" / f"config-{os.uname().release}").read_text()
-        except OSError:
-            return None
-    return frozenset(re.findall(r"^(CONFIG_\w+)=y$", text, re.M))

@@ -55,17 +55,7 @@ class KernelFactsReader:
 
     @functools.cached_property
     def _config(self) -> dict[str, str] | None:
-        import gzip  # not on the way to restored, as all that only this port needs
-
-        from khod.abi import ikconfig
-
-        try:
-            return ikconfig.parse(gzip.decompress((self._root / "proc/config.gz").read_bytes()).decode())
-        except OSError:
-            try:
-                return ikconfig.parse((self._root / "boot" / f"config-{os.uname().release}").read_text())
-            except OSError:
-                return None
+        return kernel_config(self._root)
 
     def _lockdown(self) -> str:
         """'none [integrity] confidentiality' has the one that holds in brackets."""
@@ -127,6 +117,21 @@ class KernelFactsReader:
             return (self._root / path).read_text().strip()
         except OSError:
             return ""
+
+
+def kernel_config(root: Path) -> dict[str, str] | None:
+    """What the running kernel is built with, as `khod.abi.ikconfig` has it; None when nobody kept it."""
+    import gzip  # not on the way to restored, as all that only this port needs
+
+    from khod.abi import ikconfig
+
+    try:
+        return ikconfig.parse(gzip.decompress((root / "proc/config.gz").read_bytes()).decode())
+    except OSError:
+        try:
+            return ikconfig.parse((root / "boot" / f"config-{os.uname().release}").read_text())
+        except OSError:
+            return None
 
 
 def _said(debugfs: Path) -> Iterator[tuple[str, Format]]:

@@ -74,7 +74,8 @@ def test_the_configuration_is_looked_for_in_boot_too(root: Path) -> None:
         ("kho=off liveupdate=on", BOTH + "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT=y\n", "add kho=on to"),
         ("liveupdate=off", BOTH + "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT=y\n", "add liveupdate=on to"),
         ("kho=y liveupdate=1", BOTH, "kernel log"),
-        ("kho liveupdate", "", "kernel log"),
+        ("kho=on liveupdate=on", "", "kernel log"),
+        ("kho liveupdate", "", "add kho=on and liveupdate=on"),  # kstrtobool() of nothing is an error, and changes nothing
     ],
 )
 def test_missing_parameters(root: Path, cmdline: str, config: str, words: str) -> None:
