@@ -153,7 +153,10 @@ class Restorer:
             self._mark(entry, page.state, page.problem)
             return
         fresh = page is None or page.state is InstanceState.WAITING
-        if fresh and carried.session not in self.running:  # else it was compared, and has been written to since
+        if carried.session in self.running:  # it was compared in the initrd, and has been written to since
+            self.verification.frames += self.running[carried.session].frames
+            self.verification.pages += self.running[carried.session].pages
+        elif fresh:  # else it was compared, and has been written to since
             await blocking(self._compare, entry, carried)
         if entry.driver is None:
             self._mark(entry, InstanceState.QUARANTINED, f"no plugin here reads {carried.compatible!r}")

@@ -7,7 +7,7 @@ of a guest. Words have a tab between them::
     khod-early 1
     update  ID
     mark    NAME  CLOCK_MONOTONIC in nanoseconds
-    start   OWNER  NAME  SESSION            it will be started
+    start   OWNER  NAME  SESSION  FRAMES  PAGES   it will be started: the frames and the bytes of so many pages were compared
     runs    OWNER  NAME  SESSION  PID  SINCE   written by the process itself, right before it becomes the VMM
     failed  OWNER  NAME  SESSION  WHY       it was not, and nobody has written to its memory
 """
@@ -25,13 +25,16 @@ _MOST = 1 << 20
 
 
 class Started:
-    """An instance that the stage began to start. `pid` is 0 if it died before it could tell: whether the guest runs is not
-    known. `since`: when the process began, in ticks of this boot. `why`: it did not run, for this reason."""
+    """An instance that the stage began to start, having compared the frames and the bytes of so many pages. `pid` is 0 if its
+    process died before it became a VMM; `since`: when that process began, in ticks of this boot; `why`: it did not become
+    one, for this reason."""
 
-    __slots__ = ("name", "owner", "pid", "session", "since", "why")
+    __slots__ = ("frames", "name", "owner", "pages", "pid", "session", "since", "why")
 
-    def __init__(self, owner: str, name: str, session: str, pid: int = 0, since: int = 0, why: str = "") -> None:
-        self.owner, self.name, self.session, self.pid, self.since, self.why = owner, name, session, pid, since, why
+    def __init__(self, owner: str, name: str, session: str, frames: int, pages: int) -> None:
+        self.owner, self.name, self.session, self.frames, self.pages = owner, name, session, frames, pages
+        self.pid = self.since = 0
+        self.why = ""
 
 
 class Record:
@@ -72,8 +75,8 @@ def read(data: bytes) -> Record:
             record.update = words[0]
         elif kind == "mark" and len(words) == 2:
             record.marks[words[0]] = int(words[1])
-        elif kind == "start" and len(words) == 3:
-            record.started.append(Started(words[0], words[1], words[2]))
+        elif kind == "start" and len(words) == 5:
+            record.started.append(Started(words[0], words[1], words[2], int(words[3]), int(words[4])))
         elif kind == "runs" and len(words) == 5:
             one = _begun(record, words)
             one.pid, one.since = int(words[3]), int(words[4])

@@ -109,7 +109,7 @@ class Restore:
         given = [n for n, name in enumerate(one.names) if n < one.files or name in one.clients]
         words = [one.owner, one.name, one.session.decode()]
         self.began = True
-        record.note(self._record, "start", *words)
+        record.note(self._record, "start", *words, len(one.seen), one.checked)
         names = [one.names[n] for n in given]
         why = starting.start(root, command, names, [fds[n] for n in given], one.clients, (self._record, words))
         if why:

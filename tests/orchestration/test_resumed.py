@@ -36,7 +36,7 @@ async def started(world: World, name: str, *, says: str = "runs", writes: bool =
         for offset in range(0, ports.files.stat(fd).size, 4096):
             ports.files.write(fd, offset, b"written in the new kernel")
     whom = f"user:root\t{name}\t{session}"
-    lines = ["khod-early 1", "mark\tlaunched\t1000", "mark\tinterpreter\t2000", f"start\t{whom}"]
+    lines = ["khod-early 1", "mark\tlaunched\t1000", "mark\tinterpreter\t2000", f"start\t{whom}\t16\t3"]
     lines += [f"runs\t{whom}\t{PID}\t{SINCE}"] if says == "runs" else [f"failed\t{whom}\tno such file"] if says else []
     record = ports.files.memfd("khod-early", 0)
     ports.files.write(record, 0, "".join(f"{line}\n" for line in lines).encode())
@@ -177,5 +177,7 @@ def test_the_ledger_has_the_stages_rows(world: World) -> None:
         host = await world.khod()
         (update,) = await host.history()
         assert {"initrd: kernel", "initrd: interpreter"} <= {span.phase for span in update.spans}
+        # "later" has 16 pages of its own in the sample; what the stage has compared is in the report as well.
+        assert "the frames of 32 sampled pages" in update.checked
 
     asyncio.run(scenario())

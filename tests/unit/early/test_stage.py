@@ -72,12 +72,12 @@ def test_the_record_tells_who_may_run() -> None:
     fd = record.begin()
     record.note(fd, "update", "u")
     record.note(fd, "mark", "retrieved", 17)
-    record.note(fd, "start", "user:root", "a", "khod.u.1")
+    record.note(fd, "start", "user:root", "a", "khod.u.1", 16, 4)
     record.note(fd, "runs", "user:root", "a", "khod.u.1", 42, 4711)
-    record.note(fd, "start", "user:root", "b", "khod.u.2")
+    record.note(fd, "start", "user:root", "b", "khod.u.2", 16, 4)
     record.note(fd, "runs", "user:root", "b", "khod.u.2", 43, 4712)
     record.note(fd, "failed", "user:root", "b", "khod.u.2", "no\tsuch\nfile")
-    record.note(fd, "start", "user:root", "c", "khod.u.3")
+    record.note(fd, "start", "user:root", "c", "khod.u.3", 16, 4)
     data = os.pread(fd, 4096, 0)
     os.close(fd)
     found = record.read(data)
@@ -85,6 +85,7 @@ def test_the_record_tells_who_may_run() -> None:
     assert [(s.name, s.pid, s.since, s.why) for s in found.started] == [
         ("a", 42, 4711, ""), ("b", 43, 4712, "no such file"), ("c", 0, 0, ""),
     ]  # fmt: skip
+    assert {(s.frames, s.pages) for s in found.started} == {(16, 4)}
     assert record.read(data + b"runs\tuser:root\tc").started[2].pid == 0, "a torn line was not finished"
     with pytest.raises(ValueError, match="record"):
         record.read(b"something else\n")
