@@ -16,7 +16,6 @@ import signal
 import struct
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 
 from khod.abi import kvm as kvm_abi
 from tinyvmm import guest
@@ -44,6 +43,8 @@ BLOBS = {
 }
 """Requests to get and to set, and bytes. MSRs come between the local APIC and the events."""
 IA32_TSC = 0x10
+MOST_MSRS = 1000
+"""In a list of them."""
 EXIT_INTR = 10
 _IMMEDIATE_EXIT = 1
 """Byte of struct kvm_run."""
@@ -238,10 +239,6 @@ def _cpuid(kvm: int) -> bytes:
 
 
 def _msr_list(kvm: int) -> list[int]:
-    data = bytearray(4)
-    with suppress(OSError):  # E2BIG, and the number that there is room wanted for
-        fcntl.ioctl(kvm, GET_MSR_INDEX_LIST, data)
-    (count,) = struct.unpack("<I", data)
-    data = bytearray(struct.pack("<I", count) + bytes(4 * count))
+    data = bytearray(struct.pack("<I", MOST_MSRS) + bytes(4 * MOST_MSRS))  # E2BIG if there are more
     fcntl.ioctl(kvm, GET_MSR_INDEX_LIST, data)
-    return [*struct.unpack_from(f"<{count}I", data, 4)]
+    return [*struct.unpack_from(f"<{struct.unpack_from('<I', data)[0]}I", data, 4)]

@@ -19,6 +19,8 @@ from khod.errors import DeviceUnusable, InvalidRequest
 
 DRIVER = "vfio-pci"
 _BRIDGE = 0x0604
+_RANGES = 8
+"""IOVA ranges that there is room for at first."""
 _IGNORED = "direct-relaxable"
 """Reserved for a driver of the kernel's own, and not for user space (iommu_get_group_resv_regions)."""
 
@@ -48,18 +50,19 @@ class KernelDevices:
 
     def iova_ranges(self, iommufd: int, ioas: int) -> Sequence[IovaRange]:
         """See the port."""
-        room = 0
+        room = _RANGES
         with refused("iova_ranges", f"IOAS {ioas} of descriptor {iommufd}"):
             while True:
                 found = array("Q", bytes(16 * room))
-                answer = abi.iova_ranges(ioas, found.buffer_info()[0] if room else 0, room)
+                answer = abi.iova_ranges(ioas, found.buffer_info()[0], room)
                 try:
                     fcntl.ioctl(iommufd, abi.IOMMU_IOAS_IOVA_RANGES, answer)
                     break
                 except OSError as error:
                     if error.errno != errno.EMSGSIZE:
                         raise
-                    room = abi.range_count_of(answer)
+                    # The kernel says how many there are, and Python 3.14 does not give back what a failed ioctl has written.
+                    room *= 2
         count = abi.range_count_of(answer)
         return [IovaRange(found[2 * i], found[2 * i + 1]) for i in range(count)]
 

@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import os
+import struct
+from array import array
 from pathlib import Path
 
 import pytest
@@ -106,3 +111,21 @@ def test_what_is_not_there_is_said_to_be_unusable(sysfs: Path, tmp_path: Path) -
             devices.read_config(null, 0, 4)
     finally:
         os.close(null)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("count", [1, 8, 9, 100])
+def test_any_number_of_ranges_is_read(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """By an ioctl as Python 3.14 has it: what one that failed has written is not given back."""
+    ranges = array("Q", [n * 4096 for n in range(2 * count)])
+
+    def ioctl(fd: int, request: int, argument: bytearray) -> int:
+        size, ioas, room, reserved, address, alignment = (fields := struct.Struct("=IIIIQQ")).unpack(argument)
+        if room < count:
+            raise OSError(errno.EMSGSIZE, "more than that")
+        ctypes.memmove(address, ranges.tobytes(), len(ranges) * 8)
+        fields.pack_into(argument, 0, size, ioas, count, reserved, address, alignment)
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    assert KernelDevices().iova_ranges(5, 1) == [IovaRange(2 * n * 4096, (2 * n + 1) * 4096) for n in range(count)]
