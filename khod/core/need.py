@@ -59,12 +59,15 @@ def reckon(entries: Iterable[Entry], files: Files, figures: MemoryFigures, reser
             stat = files.stat(preserve.fd)
             size = -(-stat.size // PAGE_SIZE) * PAGE_SIZE
             holes += max(0, size - stat.allocated)
-            swapped += max(0, stat.allocated - stat.resident)
-            resident += stat.resident
+            here = files.resident(preserve.fd)
+            swapped += max(0, stat.allocated - here)
+            resident += here
             pages += size // PAGE_SIZE
         # A copy touches all of what is copied. Huge pages come out of their pool.
-        copied = [files.stat(entry.fds[name]) for name in entry.declaration.made if name in entry.fds]
-        holes += sum(stat.size - stat.allocated for stat in copied if stat.kind == "guest_memfd")
+        for fd in (entry.fds[name] for name in entry.declaration.made if name in entry.fds):
+            stat = files.stat(fd)
+            if stat.kind == "guest_memfd":  # of one that is larger than memory, it does not matter how much of it is here
+                holes += stat.size - (files.resident(fd) if stat.size <= figures.total else 0)
         for bound in entry.bounds:
             states += StateArea.file_size(bound)
             pages += StateArea.file_size(bound) // PAGE_SIZE

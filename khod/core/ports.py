@@ -90,9 +90,7 @@ class FileStat:
     """'memfd' (any shmem file without a link), 'hugetlb', 'guest_memfd', 'iommufd', 'vfio', 'session', 'other'."""
     size: int
     allocated: int
-    """Bytes that have a page or are swapped; the rest of `size` is holes."""
-    resident: int
-    """Bytes that have a page now; `allocated` less this is swapped out."""
+    """Bytes that have a page or are swapped; the rest of `size` is holes. 0 of a guest_memfd: the kernel counts none."""
     inode: tuple[int, int]
     """Device and inode number: the identity of the file, whatever descriptors lead to it."""
     seals: int
@@ -128,6 +126,11 @@ class Files(Protocol):
 
     def stat(self, fd: int) -> FileStat:
         """What the file is. Raises BadDescriptor."""
+        ...
+
+    def resident(self, fd: int) -> int:
+        """Bytes that have a page now: the rest of a memfd's `FileStat.allocated` is swapped out. May look at every page, which
+        takes a while: `stat` is for those who are in a hurry, and for files of strangers. Raises BadDescriptor."""
         ...
 
     def read(self, fd: int, offset: int, length: int) -> bytes:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import stat as st
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +23,7 @@ MFD_EXEC = 0x10
 
 _GUEST_MEMFD_LINKS = ("/[kvm-gmem] (deleted)", "anon_inode:[kvm-gmem]")
 _VFIO_LINK = "anon_inode:[vfio-device]"
+_LOWEST_BIT = bytes(byte & 1 for byte in range(256))
 _BLOCK = 512
 """The unit of st_blocks, whatever the file system."""
 
@@ -72,22 +74,29 @@ class KernelFiles:
             flags = fcntl.fcntl(fd, fcntl.F_GETFL)
             seals = _seals(fd)
             kind = _kind(fd, status, sealable=seals is not None)
-            mappable = kind != "guest_memfd" or _mappable(fd)
-            allocated = status.st_blocks * _BLOCK
-            if kind == "guest_memfd" and mappable:  # it counts no blocks
-                allocated = _in_memory(fd, status.st_size)
             return FileStat(
                 kind=kind,
                 size=status.st_size,
-                allocated=allocated,
-                resident=_resident(fd, status.st_size, allocated) if kind == "memfd" else allocated,
+                allocated=status.st_blocks * _BLOCK,
                 inode=(status.st_dev, status.st_ino),
                 seals=seals or 0,
                 readable=not flags & os.O_PATH and flags & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR),
                 writable=not flags & os.O_PATH and flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR),
-                mappable=mappable,
+                mappable=kind != "guest_memfd" or _mappable(fd),
                 page_size=os.fstatvfs(fd).f_bsize if kind == "hugetlb" else PAGE_SIZE,
             )
+
+    def resident(self, fd: int) -> int:
+        """See the port."""
+        with refused("stat", f"descriptor {fd}"):
+            status = os.fstat(fd)
+            kind = _kind(fd, status, sealable=_seals(fd) is not None)
+            allocated = status.st_blocks * _BLOCK
+            if kind == "guest_memfd":
+                return _in_memory(fd, [(0, status.st_size)]) if _mappable(fd) else 0
+            if kind != "memfd" or not allocated or not _swap_in_use():
+                return allocated
+            return min(_in_memory(fd, _extents(fd, status.st_size)), allocated)
 
     def read(self, fd: int, offset: int, length: int) -> bytes:
         """See the port."""
@@ -203,21 +212,33 @@ def _mappable(fd: int) -> bool:
     return True
 
 
-def _resident(fd: int, size: int, allocated: int) -> int:
-    if not allocated or not _swap_in_use():
-        return allocated
-    return min(_in_memory(fd, size), allocated)
+def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where a memfd has pages, in memory or swapped out: the holes of a sparse file can be many times what memory is."""
+    own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)  # the position of `fd` is its owner's, and comes through
+    try:
+        end = 0
+        while end < size:
+            try:
+                start = os.lseek(own, end, os.SEEK_DATA)
+            except OSError as e:
+                if e.errno == errno.ENXIO:  # none from there on
+                    return
+                raise
+            end = os.lseek(own, start, os.SEEK_HOLE)
+            yield start // PAGE_SIZE * PAGE_SIZE, end
+    finally:
+        os.close(own)
 
 
-def _in_memory(fd: int, size: int) -> int:
+def _in_memory(fd: int, extents: Iterable[tuple[int, int]]) -> int:
     from khod.kernel.libc import Mapping  # ctypes: only hosts that swap, or have guest_memfds, pay for it
 
-    page = os.sysconf("SC_PAGESIZE")
     pages = 0
-    for offset in range(0, size, WINDOW):
-        with Mapping(fd, offset, min(WINDOW, size - offset)) as window:
-            pages += sum(byte & 1 for byte in window.resident())
-    return pages * page
+    for start, end in extents:
+        for offset in range(start, end, WINDOW):
+            with Mapping(fd, offset, min(WINDOW, end - offset)) as window:
+                pages += window.resident().translate(_LOWEST_BIT).count(1)
+    return pages * PAGE_SIZE
 
 
 def _swap_in_use() -> bool:

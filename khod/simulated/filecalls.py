@@ -70,6 +70,11 @@ class FileCalls:
         file = task.lookup(fd)
         return {**asdict(file.inode.stat()), "readable": file.readable, "writable": file.writable}
 
+    def resident(self, task: Task, fd: int) -> int:
+        """mincore(2) of all of it."""
+        inode = task.lookup(fd).inode
+        return inode.present() if isinstance(inode, Shmem) else 0
+
     def _shmem(self, task: Task, fd: int, *, write: bool = False) -> Shmem:
         file = task.file(fd)
         if write and not file.writable:

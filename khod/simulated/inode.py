@@ -40,7 +40,7 @@ class Inode:
 
     def stat(self) -> FileStat:
         """See `khod.core.ports.FileStat`."""
-        return FileStat(self.kind, self.size, 0, 0, (_DEVICE, self.number), 0)
+        return FileStat(self.kind, self.size, 0, (_DEVICE, self.number), 0)
 
     def inside(self, place: Callable[[OpenFile], tuple[str, int]]) -> str:
         """What there is to be preserved besides frames; `place` tells session and token of another file."""

@@ -114,6 +114,9 @@ class Files(_Port):
         found = self._call(f"descriptor {fd}", "stat", fd)
         return FileStat(**{**found, "inode": tuple(found["inode"])})
 
+    def resident(self, fd: int) -> int:
+        return int(self._call(f"descriptor {fd}", "resident", fd))
+
     def read(self, fd: int, offset: int, length: int) -> bytes:
         return bytes(self._call(f"descriptor {fd}", "read", fd, offset, length))
 

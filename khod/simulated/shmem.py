@@ -60,11 +60,11 @@ class Shmem(Inode):
         base = replace(super().stat(), seals=self.seals, mappable=not self.private, page_size=page_size)
         if self.backing >= 0:
             real = os.fstat(self.backing)
-            present = max(real.st_blocks * 512, self._present())
-            return replace(base, size=real.st_size, allocated=present, resident=present)
-        return replace(base, size=self.size, allocated=self._present(), resident=self._present())
+            return replace(base, size=real.st_size, allocated=max(real.st_blocks * 512, self.present()))
+        return replace(base, size=self.size, allocated=0 if self.kind == "guest_memfd" else self.present())
 
-    def _present(self) -> int:
+    def present(self) -> int:
+        """Bytes that have a page; nothing is swapped out here."""
         return int(np.count_nonzero(self.pfns)) << (self.order + PAGE_SHIFT)
 
     def read(self, offset: int, length: int) -> bytes:

@@ -191,6 +191,7 @@ def test_copying_needs_no_reading_and_no_writing(rig: Rig, host: Machine) -> Non
     assert host.files.read(target, 0, 3 * PAGE) == host.files.read(source, 0, 3 * PAGE)
     assert host.files.read(target, 3 * PAGE, 5) == b"stays"
     assert host.files.stat(target).allocated == host.files.stat(source).allocated == 4 * PAGE, "holes of both are filled"
+    assert host.files.resident(target) == 4 * PAGE
     host.files.copy(source, target, 0, 0)
 
 

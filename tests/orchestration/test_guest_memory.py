@@ -158,7 +158,7 @@ def test_a_copy_that_does_not_fit_is_refused_before_anything_is_touched(tmp_path
         world = World(tmp_path, memory=64 * MIB)
         await world.khod()
         fd = filled(world, "guest_memfd", 28 * MIB)
-        holes = 28 * MIB - int(world.workload.call("stat", fd)["allocated"])
+        holes = 28 * MIB - int(world.workload.call("resident", fd))
         await world.register("vm-1", fd)
         with (
             world.kernel.faults.recorded(world.process.pid) as calls,
