@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The whole stage as process 1, in namespaces of its own: the boot goes on whatever is wrong. There is no live update here;
+tests/vm/test_initrd.py has it with one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from khod.early import paths, restore
+from khod.initrd import closure, contents
+from khod.initrd.contents import Spec, Start
+from tests.unit.test_house import tool
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="namespaces and chroot are root's")]
+
+INIT = r"""
+#include <stdio.h>
+#include <sys/stat.h>
+#include <unistd.h>
+int main(int argc, char **argv)
+{
+	struct stat found;
+
+	printf("%d", getpid());
+	for (int i = 0; i < argc; i++)
+		printf(" %s", argv[i]);
+	printf(" %s\n", stat("/proc/self", &found) ? "bare" : "mounted");
+	return 0;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def initrd() -> bytes:
+    return contents.build(Spec(starts=(Start(instance="vm-1", command=("/bin/sh", "-c", "exit 7")),)))
+
+
+@pytest.fixture
+def root(tmp_path: Path, initrd: bytes) -> Path:
+    """The initrd, unpacked, over it a host's own."""
+    place = tmp_path / "root"
+    place.mkdir()
+    subprocess.run([tool("cpio"), "-idm", "--quiet", "--no-absolute-filenames"], input=initrd, cwd=place, check=True)
+    (tmp_path / "init.c").write_text(INIT)
+    subprocess.run(["cc", "-static", "-o", place / "init", tmp_path / "init.c"], check=True)
+    return place
+
+
+def boot(root: Path) -> str:
+    """What the host's init says, which the kernel gave two words."""
+    apart = ["unshare", "--pid", "--fork", "--mount", "--propagation", "private", "chroot", str(root)]
+    argv = [*apart, paths.LAUNCHER, "quiet", "single"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL)
+    return done.stdout + done.stderr
+
+
+WENT_ON = "1 /init quiet single bare\n"
+"""Process 1, with the kernel's words, and nothing mounted that it would be refused to mount."""
+
+
+def test_the_hosts_init_goes_on_with_what_the_kernel_gave(root: Path) -> None:
+    assert boot(root) == WENT_ON
+
+
+@pytest.mark.parametrize("data", [b"", b"khod-plan 1\nnothing of ours\n", os.urandom(5000), None])
+def test_without_a_plan(root: Path, data: bytes | None) -> None:
+    path = root / paths.PLAN.lstrip("/")
+    path.unlink() if data is None else path.write_bytes(data)
+    assert boot(root) == WENT_ON
+
+
+@pytest.mark.parametrize("module", ["custodian", "restore", "tree", "record"])
+def test_without_a_module_of_its_own(root: Path, module: str) -> None:
+    (found,) = root.glob(f"khod/lib/python*/khod/early/{module}.pyc")
+    found.unlink()
+    assert boot(root) == WENT_ON
+
+
+@pytest.mark.parametrize("says", ["_os.kill(_os.getpid(), 9)", "raise RuntimeError('a bug')", "import nothing_of_the_kind"])
+def test_the_end_of_the_child(root: Path, tmp_path: Path, says: str) -> None:
+    (found,) = root.glob("khod/lib/python*/khod/early/restore.pyc")
+    patched = tmp_path / "restore.py"
+    patched.write_text(f"{Path(str(restore.__file__)).read_text()}\nimport os as _os\n{says}\n")
+    found.write_bytes(closure._compiled(str(patched)))
+    assert boot(root) == WENT_ON
+
+
+def test_without_a_loader(root: Path) -> None:
+    (root / paths.LOADER.lstrip("/")).unlink()
+    assert boot(root) == WENT_ON
