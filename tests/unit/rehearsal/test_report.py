@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from khod.rehearsal import report
@@ -95,3 +96,12 @@ def test_stand_ins_and_ledger_as_far_as_the_run_came(tmp_path: Path) -> None:
     update = report.update(whole)
     assert update is not None
     assert [(span.phase, span.seconds) for span in update.spans] == [("blackout", 2.5)]
+
+
+def test_programs_are_told_the_same(tmp_path: Path) -> None:
+    part = Part(name="vm", size=4096, state="claimed", whole=True)
+    made = report.Report(verdict=Verdict.WORKS, reason="", running="a", target="b", landed="b", seconds=1.0, parts=[part])
+    told = msgspec.json.decode(msgspec.json.encode(made))
+    assert (told["verdict"], told["running"], told["landed"]) == ("works", "a", "b")
+    assert told["parts"] == [{"name": "vm", "size": 4096, "state": "claimed", "whole": True}]
+    assert msgspec.convert(told, report.Report).verdict is Verdict.WORKS
