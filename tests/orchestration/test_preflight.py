@@ -306,3 +306,23 @@ def test_a_configuration_may_lie_beside_the_image(world: World) -> None:
         assert (await checks(world))["target-config"].verdict == Verdict.UNKNOWN
 
     asyncio.run(scenario())
+
+
+def test_what_the_initrd_is_to_start_and_will_not_is_said_before(world: World) -> None:
+    async def scenario() -> None:
+        names = ("vm-1", "shared", "needy", "gone")
+        world.settings = replace(world.settings, early=tuple(("user:root", name) for name in names))
+        await world.khod()
+        memory = world.memory()
+        await world.register("vm-1", memory, shareable=True)
+        await world.register("shared", memory, shareable=True)
+        await world.register("needy", world.memory(), requires=["vm-1"])
+        await world.host.load(str(world.image))
+        found = {name: c.evidence for name, c in (await checks(world)).items() if name.startswith("early:")}
+        assert set(found) == {"early:shared", "early:needy", "early:gone of user:root"}
+        assert "shares a file" in found["early:shared"]
+        assert "requires another" in found["early:needy"]
+        assert "not registered" in found["early:gone of user:root"]
+        assert (await world.jump()).state is State.RESTORED, "a warning stops nothing"
+
+    asyncio.run(scenario())

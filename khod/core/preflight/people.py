@@ -33,6 +33,9 @@ def checks(seen: Situation) -> Iterator[Check]:
         # Decision 17: it would be stopped while what it holds travels.
         evidence = f"{unit} runs {command!r} when systemd stops the host for a jump, and an instance is its"
         yield warning(f"stops:{unit}", evidence, "have it leave the guest alone, or jump directly, which stops no unit")
+    for label, why in seen.late.items():
+        evidence = f"{label} is to be started in the initrd, and will not be: {why}"
+        yield warning(f"early:{label}", evidence, "khod restores it when it starts, as all others; see docs/initrd.md")
     well = len(seen.instances) - len(objecting)
     yield ok("instances", f"{well} of {len(seen.instances)} instances have nothing against it")
 

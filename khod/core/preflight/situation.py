@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from khod.abi import bzimage, cmdline, ikconfig, kernel_image
 from khod.abi.fleet import Fleet
@@ -106,6 +106,8 @@ class Situation:
     """Bytes that are to be made anew in the next kernel's pools of huge pages."""
     require: Continuity = Continuity.RESET
     """The least that every instance must be given."""
+    late: Mapping[str, str] = field(default_factory=dict)
+    """Instances that the initrd is to start, and will not: why, by their labels."""
 
     @property
     def options(self) -> cmdline.CommandLine:
@@ -163,6 +165,7 @@ class Surveyor:
             freezing=self._settings.freezing,
             huge=_huge(machine, entries),
             require=Continuity(self._settings.require),
+            late=_late(self._settings, entries),
         )
 
     async def _instance(self, entry: Entry, entries: Sequence[Entry], deserted: bool) -> Instance:
@@ -232,6 +235,27 @@ def read(image: Image) -> Target:
         initrd_size=initrd_size,
         initrd_head=initrd_head,
     )
+
+
+def _late(settings: Settings, entries: Sequence[Entry]) -> dict[str, str]:
+    """What the restore stage will find against starting an instance (`khod.early.tree.Instance`)."""
+    known = {(str(entry.owner), entry.name): entry for entry in entries}
+    found = {}
+    for owner, name in settings.early:
+        entry = known.get((owner, name))
+        if entry is None:
+            found[f"{name} of {owner}"] = "it is not registered"
+        elif entry.grade is Grade.OPAQUE:
+            found[entry.label] = "its contents are its owner's"
+        elif entry.shares:
+            found[entry.label] = "it shares a file with another instance"
+        elif entry.declaration.made:
+            found[entry.label] = "its driver makes descriptors of it anew"
+        elif entry.requires:
+            found[entry.label] = "it requires another instance"
+        elif settings.full:
+            found[entry.label] = "every byte of it is to be compared"
+    return found
 
 
 def _huge(machine: Machine, entries: Sequence[Entry]) -> int:

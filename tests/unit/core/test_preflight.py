@@ -127,6 +127,7 @@ FIRING: list[tuple[str, Verdict, str, Change]] = [
     ("client:vm-1", Verdict.BLOCKER, "subscribed", seen(instances=(Instance(label="vm-1", objections=(), deserted=True),))),
     ("client:vm-1", Verdict.WARNING, "left behind",
      seen(instances=(Instance(label="vm-1", objections=(), deserted=True, required=False),))),
+    ("early:vm-1", Verdict.WARNING, "will not be: it is not registered", seen(late={"vm-1": "it is not registered"})),
     ("stops:vm-1.service", Verdict.WARNING, "virsh destroy", seen(stops={"vm-1.service": "virsh destroy vm-1"})),
     ("opaque:vm-1", Verdict.WARNING, "unknown", seen(instances=(Instance(label="vm-1", objections=(), opaque=True),))),
     ("image", Verdict.BLOCKER, "no kernel", seen(target=None)),
