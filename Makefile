@@ -66,7 +66,7 @@ test-fast: $(VENV)/.stamp ## all tests but those in the virtual machine
 
 # Two at once: the machine's tests, one after the other, and all others beside them.
 PARALLEL := --numprocesses 2 --dist loadgroup
-# One recipe: `make test` is to stay near 8 minutes with a built kernel, the rest is in `make test-full`.
+# One recipe: `make test` is to stay below half an hour with built kernels, the rest is in `make test-full`.
 test: SELECT := -m "not full"
 test: $(VENV)/.stamp ## all tests, in the virtual machine too; builds the lab's kernels once
 test-full: $(VENV)/.stamp ## those that take minutes as well
