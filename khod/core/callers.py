@@ -6,6 +6,7 @@ The API finds out who a peer is and which rights the policy gives it, once a con
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -94,7 +95,19 @@ class Always:
         """It never ends."""
 
 
+class Ended:
+    """What had an end that nobody saw: a client that did not come back."""
+
+    there = False
+    since = 0
+
+    def on_end(self, told: Callable[[], None]) -> None:
+        """It has ended already."""
+        asyncio.get_running_loop().call_soon(told)
+
+
 ALWAYS: Presence = Always()
+ENDED: Presence = Ended()
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

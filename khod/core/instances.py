@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from khod.core.blocking import blocking
 from khod.core.book import Page
-from khod.core.callers import Caller, Lifetime, Owner, Right
+from khod.core.callers import ENDED, Caller, Lifetime, Owner, Right
 from khod.core.driver import Declaration, Drivers, Request
 from khod.core.ports import F_SEAL_GROW, F_SEAL_SHRINK, Machine
 from khod.core.registry import (
@@ -249,6 +249,8 @@ def kept_by(entry: Entry) -> str:
             return ""
         case _ if entry.keeper is None:
             return NOBODY_YET
+        case _ if entry.keeper is ENDED:
+            return "nobody: its client did not come back in time"
         case Lifetime.CONNECTION:
             return f"a connection of process {entry.keeper_pid}"
         case Lifetime.PROCESS:

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
-from khod.core.callers import Caller, Lifetime, Presence
+from khod.core.callers import ENDED, Caller, Lifetime, Presence
 from khod.core.registry import Entry
 
 Watch: TypeAlias = Callable[[int], Presence | None]
@@ -42,7 +42,7 @@ class Keepers:
 
     def came_back(self, entry: Entry, caller: Caller) -> None:
         """Its client uses its handle: where its keeper was lost with an earlier khod, the caller is it from now on."""
-        if entry.keeper is None and entry.lifetime is not Lifetime.PERSISTENT:
+        if entry.keeper in (None, ENDED) and entry.lifetime is not Lifetime.PERSISTENT:
             self.bind(entry, caller)
 
     def resume(self, entries: Iterable[Entry], grace: float) -> None:
@@ -66,4 +66,5 @@ class Keepers:
     def _give_up(self, waiting: Iterable[Entry]) -> None:
         for entry in waiting:
             if entry.keeper is None:
+                entry.keeper = ENDED  # which lasts, if this is the wrong moment to let go of it
                 self._ended(entry)

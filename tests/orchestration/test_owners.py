@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whose instances are whose, what they hang on, what an owner may have, and what several share (decisions 4 to 8, 24)."""
+"""Whose instances are whose, what they hang on, and what an owner may have (decisions 4 to 8, 24)."""
 
 from __future__ import annotations
 
@@ -10,37 +10,12 @@ from typing import Any
 
 import pytest
 
-from khod.core.callers import Caller, Kind, Lifetime, Right
+from khod.core.callers import Lifetime, Right
 from khod.core.driver import StateBound
-from khod.core.ports import F_SEAL_GROW
 from khod.core.state import State
-from khod.errors import InvalidRequest, NotPermitted, Refused
+from khod.errors import InvalidRequest, NotPermitted, Refused, UpdateFailed
+from tests.orchestration.owners import VMM, names, registered, settled, vmm
 from tests.orchestration.world import ME, MIB, QUICK, Guest, Link, World, caller
-
-VMM = [Right.OBSERVE, Right.INSTANCES, Right.OPAQUE]
-
-
-def vmm(unit: str = "vmm@1.service", connection: Link | None = None) -> Caller:
-    """A unit that may have instances, and nothing else."""
-    return caller(unit, VMM, kind=Kind.UNIT, connection=connection)
-
-
-async def registered(world: World, who: Caller, name: str, fd: int | None = None, **asked: Any) -> str:
-    """An instance of somebody's; its handle."""
-    fd = world.memory() if fd is None else fd
-    world.workload.call("add_seals", fd, F_SEAL_GROW)
-    given = [("memory", world.workload.give(fd, world.process))]
-    fields = {"lifetime": Lifetime.CONNECTION, **asked}
-    return (await world.host.register(who, world.asked(name, **fields), given)).handle
-
-
-async def settled(world: World) -> None:
-    """Until what ended is let go of."""
-    await world.host.holdings.settled()
-
-
-def names(world: World) -> list[str]:
-    return [entry.label for entry in world.host.registry]
 
 
 def test_names_are_an_owners_own_and_nobody_reaches_anothers(world: World) -> None:
@@ -183,6 +158,30 @@ def test_after_khods_restart_a_client_may_come_back_in_time(tmp_path: Path) -> N
     asyncio.run(scenario())
 
 
+def test_who_does_not_come_back_during_an_update_that_is_undone_is_let_go_of_then(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, settings=replace(QUICK, reconnect=0.3))
+        await world.khod()
+        await registered(world, vmm("vmm@1.service"), "ram")
+        handle = await registered(world, vmm("vmm@2.service"), "ram")
+        world.kill(world.process)
+        host = await world.khod()
+        task = await world.held(State.FROZEN)
+        async with asyncio.timeout(20):
+            while {view.keeper for view in await host.instances()} != {"nobody: its client did not come back in time"}:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert len(names(world)) == 2
+        await host.abort()
+        await asyncio.wait([task])
+        assert isinstance(task.exception(), UpdateFailed)
+        await settled(world)
+        assert not names(world)
+        with pytest.raises(InvalidRequest, match="no instance has this handle"):
+            await host.subscribe(vmm("vmm@2.service"), [handle])
+
+    asyncio.run(scenario())
+
+
 def test_processes_are_watched_again_after_a_restart(world: World) -> None:
     async def scenario() -> None:
         await world.khod()
@@ -238,101 +237,6 @@ def test_quotas_hold_for_each_owner(tmp_path: Path, quota: dict[str, Any], match
         with pytest.raises(Refused, match=match):
             await registered(world, vmm(), "c")
         await registered(world, vmm("vmm@2.service"), "c")
-
-    asyncio.run(scenario())
-
-
-def test_a_file_that_two_share_is_preserved_once_and_claimed_by_both(world: World) -> None:
-    """Decision 6."""
-
-    async def scenario() -> None:
-        host = await world.khod()
-        fd = world.memory()
-        await registered(world, vmm("vmm@1.service"), "ram", fd, shareable=True)
-        with pytest.raises(Refused, match=r"same file as 'memory' of ram of unit:vmm@1.service"):
-            await registered(world, vmm("vmm@2.service"), "peer", world.workload.duplicate(fd))
-        await registered(world, vmm("vmm@2.service"), "peer", world.workload.duplicate(fd), shareable=True)
-        host = await world.jump()
-        assert host.state is State.RESTORED, host.problems
-        await host.verified()
-        assert not host.problems
-        first = await host.claim(vmm("vmm@1.service"), "ram")
-        second = await host.claim(vmm("vmm@2.service"), "peer")
-        stat = host.machine.files.stat
-        assert stat(first.fds[0]).inode == stat(second.fds[0]).inode
-        await host.finished(vmm("vmm@1.service"), first.handle)
-        world.kill(world.process)
-        host = await world.khod()
-        assert not host.problems
-        third = await host.claim(vmm("vmm@2.service"), "peer")
-        process, mine = world.received(third.fds[0])
-        assert world.intact(mine, process=process), "it is there, though the session that had it is finished"
-        await host.finish()
-        host = await world.jump()
-        assert names(world) == ["peer of unit:vmm@2.service", "ram of unit:vmm@1.service"][::-1]
-        assert not host.problems
-
-    asyncio.run(scenario())
-
-
-def test_who_shares_inherits_the_file_of_one_that_goes(world: World) -> None:
-    async def scenario() -> None:
-        await world.khod()
-        fd = world.memory()
-        link = Link()
-        await registered(world, vmm("vmm@1.service", link), "ram", fd, shareable=True)
-        for number in (2, 3):
-            unit = f"vmm@{number}.service"
-            await registered(world, vmm(unit), "peer", world.workload.duplicate(fd), shareable=True)
-        link.end()
-        await settled(world)
-        host = await world.jump()
-        assert not host.problems
-        for number in (2, 3):
-            answer = await host.claim(vmm(f"vmm@{number}.service"), "peer")
-            process, mine = world.received(answer.fds[0])
-            assert world.intact(mine, process=process)
-
-    asyncio.run(scenario())
-
-
-def test_heirs_are_heirs_to_a_khod_that_was_restarted_too(world: World) -> None:
-    async def scenario() -> None:
-        host = await world.khod()
-        fd = world.memory()
-        for name in ("ram", "peer-1", "peer-2"):
-            await registered(world, ME, name, world.workload.duplicate(fd), shareable=True, lifetime=Lifetime.PERSISTENT)
-        await host.unregister(ME, "ram")
-        world.kill(world.process)
-        await world.khod()
-        assert not world.entry("peer-1").shares
-        assert world.entry("peer-2").shares == {"memory": (world.entry("peer-1").key, "memory")}
-        host = await world.jump()
-        assert not host.problems
-        assert names(world) == ["peer-1", "peer-2"]
-
-    asyncio.run(scenario())
-
-
-def test_who_shares_keeps_the_file_of_one_that_came_through_and_is_discarded(world: World) -> None:
-    """Decision 18: it came in the other's session, and would be khod's alone once that is gone."""
-
-    async def scenario() -> None:
-        host = await world.khod()
-        fd = world.memory()
-        for name in ("ram", "peer"):
-            await registered(world, ME, name, world.workload.duplicate(fd), shareable=True, lifetime=Lifetime.PERSISTENT)
-        host = await world.jump()
-        await host.discard(ME, "ram")
-        world.kill(world.process)
-        host = await world.khod()
-        assert not host.problems
-        process, mine = await world.claimed("peer")
-        assert world.intact(mine, process=process)
-        host = await world.jump()  # and is preserved by itself from now on
-        assert not host.problems
-        process, mine = await world.claimed("peer")
-        assert world.intact(mine, process=process)
 
     asyncio.run(scenario())
 
