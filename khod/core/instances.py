@@ -234,8 +234,10 @@ def take_up(entry: Entry, page: Page) -> None:
     entry.attended, entry.since = page.attended, page.since
     entry.deposits, entry.shares = dict(page.deposits), dict(page.shares)
     entry.keepsake = {name: bytes.fromhex(value) for name, value in page.keepsake.items()}
-    if entry.state is InstanceState.RESTORED:
-        entry.state = page.state if page.state.sound else entry.state
+    # What is not whole is claimed as well: an administrator had it handed out as it is.
+    claimed = page.state is InstanceState.CLAIMED and entry.state is not InstanceState.WAITING
+    if claimed or (entry.state is InstanceState.RESTORED and page.state.sound):
+        entry.state = page.state
 
 
 NOBODY_YET = "nobody yet: its client has to come back"

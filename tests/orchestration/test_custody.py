@@ -150,6 +150,27 @@ def test_what_is_damaged_stays_so_until_it_is_discarded(world: World) -> None:
     asyncio.run(scenario())
 
 
+def test_what_was_handed_out_as_it_is_stays_so(world: World) -> None:
+    """An administrator has decided about it, and its workload may run."""
+
+    async def scenario() -> None:
+        world.plugins = [Recorder()]
+        await world.khod()
+        await world.register("vm-1", world.memory(), "recorder")
+        await world.jump_away()
+        world.kernel.faults.fail("retrieve_fd", errno.EIO, nth=4)  # tree, map, memory, and this: its state
+        await world.khod()
+        assert states(world) == {"vm-1": "damaged"}
+        answer = await world.host.claim(ME, "vm-1", unverified=True)
+        await restarted(world)
+        assert states(world) == {"vm-1": "claimed"}
+        assert world.entry("vm-1").problem
+        await world.host.finished(ME, answer.handle)
+        assert str(world.host.state) == "idle"
+
+    asyncio.run(scenario())
+
+
 def test_a_retrieve_that_could_fail_is_not_made_until_it_is_proven(world: World) -> None:
     """Decision 19: a RETRIEVE_FD that fails frees the file's folios for ever."""
 
