@@ -116,9 +116,9 @@ def absent(path: str = PATH) -> list[str]:
     return [program for program in PROGRAMS if not shutil.which(program, path=path)]
 
 
-def run(machine: Machine, parameters: Callable[[Path], Mapping[str, Any]] | None = None) -> Result:
-    """Play the scenario. What is left of a run that did not pass stays in its directory; `parameters` makes those that depend
-    on it, beside the machine's."""
+def run(machine: Machine, parameters: Callable[[Path], Mapping[str, Any]] | None = None, *, keep: bool = False) -> Result:
+    """Play the scenario. What is left of a run that did not pass stays in its directory, and of any if it is to be kept;
+    `parameters` makes those that depend on the directory, beside the machine's."""
     # Not in a caller's long directories: the path of a Unix socket has 107 bytes.
     result = Result(Path(tempfile.mkdtemp(prefix="khod-vm-")))
     if parameters is not None:
@@ -134,7 +134,7 @@ def run(machine: Machine, parameters: Callable[[Path], Mapping[str, Any]] | None
         except KeyboardInterrupt:
             result.discard()
             raise
-    if result.outcome is Outcome.PASSED:
+    if result.outcome is Outcome.PASSED and not keep:
         shutil.rmtree(result.directory)
     return result
 

@@ -124,6 +124,7 @@ def rehearse(plan: Plan, say: Callable[[str], None] = nothing) -> Report:
             deadline=plan.deadline,
         ),
         parameters,
+        keep=True,  # a run that came to its end may have a bad one
     )
     return _report(result, running, target, left_out, differs, time.monotonic() - began)
 
