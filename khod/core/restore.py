@@ -118,7 +118,8 @@ class Restorer:
             one = carried[entry.key]
             if one.session in self.book.contents.proven:
                 continue
-            more, most = size + sum(one.sizes), files + 1 + len(one.fds) + len(one.states)
+            # What is made anew goes into custody as well.
+            more, most = size + sum(one.sizes), files + 1 + len(one.fds) + len(one.states) + len(one.made)
             if doubt := self.machine.custody.doubt(more, most):
                 self._mark(entry, InstanceState.WAITING, f"not retrieved yet, for that could fail and lose it: {doubt}")
                 continue

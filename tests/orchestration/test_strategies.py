@@ -267,6 +267,25 @@ def test_what_is_carried_is_made_anew_once_with_every_byte(world: World) -> None
     asyncio.run(scenario())
 
 
+def test_what_has_no_room_when_it_is_made_anew_waits_and_keeps_nobody_else(world: World) -> None:
+    """Custody has to take what is made: nothing else would have it."""
+
+    async def scenario() -> None:
+        await carried(world, Carrier())
+        await world.jump_away()
+        world.workload.limit_custody(descriptors=6)  # khod's session, tree and map, the book; its session and its copy
+        host = await world.khod()
+        assert host.state is State.RESTORED
+        assert "LimitNOFILE=" in world.entry("vm-1").problem
+        assert (await host.claim(ME, "vm-1")).answer == "hold"
+        world.workload.limit_custody(descriptors=7)
+        world.kill(world.process)
+        await world.khod()
+        assert (await world.host.claim(ME, "vm-1")).answer == "fds"
+
+    asyncio.run(scenario())
+
+
 def test_what_thaw_has_to_know_outlives_the_khod_that_froze(world: World) -> None:
     async def scenario() -> None:
         carrier = Carrier()

@@ -270,5 +270,5 @@ def _retrieved(machine: Machine, entries: Sequence[Entry]) -> tuple[int, int]:
         preserved = [p.fd for p in entry.declaration.fds if p.name not in entry.shares]
         size += sum(machine.files.stat(fd).size for fd in preserved)
         size += sum(StateArea.file_size(bound) for bound in entry.bounds)
-        files += 1 + len(entry.declaration.fds) + len(entry.bounds)
+        files += 1 + len(entry.declaration.fds) + len(entry.bounds) + len(entry.declaration.made)
     return size, files
