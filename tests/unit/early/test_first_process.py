@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.unit.test_house import tool
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="namespaces and chroot are root's")]
 
+ROOT = Path(__file__).parents[3]
 INIT = r"""
 #include <stdio.h>
 #include <sys/stat.h>
@@ -92,3 +94,16 @@ def test_the_end_of_the_child(root: Path, tmp_path: Path, says: str) -> None:
 def test_without_a_loader(root: Path) -> None:
     (root / paths.LOADER.lstrip("/")).unlink()
     assert boot(root) == WENT_ON
+
+
+def test_a_vmm_outlives_the_root_that_it_was_started_from(tmp_path: Path) -> None:
+    """systemd moves to the root file system by pivot_root(2), and detaches the old root with all that is mounted below it."""
+    place = tmp_path / "root"
+    place.mkdir()
+    needed = ("/usr/bin/sleep",)
+    data = contents.build(Spec(starts=(Start(instance="vm-1", command=("/bin/sh",), files=needed),)))
+    subprocess.run([tool("cpio"), "-idm", "--quiet", "--no-absolute-filenames"], input=data, cwd=place, check=True)
+    script = f"mount --bind {place} {place} && exec {sys.executable} -m tests.unit.early.switching {place}"
+    argv = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "private", "sh", "-c", script]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
+    assert done.stdout == "old\nnew\n", done.stderr
