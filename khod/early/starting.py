@@ -10,6 +10,7 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # the half that is written in C: see khod.custodian
 import fcntl
 import os
+import resource
 
 from khod.early import paths, record, system
 
@@ -20,6 +21,8 @@ GROUP = f"{GROUPS}/khod-early"
 SURVIVE = "user.survive_final_kill_signal"
 """The mark of a control group whose processes systemd spares (SurviveFinalKillSignal= of systemd.unit(5))."""
 SIGPIPE = 13
+FILES = 1024
+"""Descriptors that a process may have open unless it asks for more, as systemd has it: some close all that they may have."""
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -75,6 +78,8 @@ def _become(
         except OSError:
             pass  # no such group: nobody who looks for it either
         os.setsid()
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES, most), most))
         with open("/proc/self/oom_score_adj", "w") as f:
             f.write("0")
         since = system.began()

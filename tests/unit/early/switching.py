@@ -5,6 +5,7 @@ moves to another root as systemd does, and prints what the VMM saw, before and a
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from khod.early import record, starting, system
 
 NR_PIVOT_ROOT = 155
 """arch/x86/entry/syscalls/syscall_64.tbl."""
-SEES = "while sleep 0.05; do if [ -e /proc/1/root/marker ]; then echo new >&3; else echo old >&3; fi; done"
+SEES = "ulimit -n >&3; while sleep 0.05; do if [ -e /proc/1/root/marker ]; then echo new >&3; else echo old >&3; fi; done"
 PATIENCE = 20
 
 
@@ -37,6 +38,8 @@ def told(fd: int, word: bytes) -> None:
 
 def main() -> None:
     root = sys.argv[1]
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # as the custodian has it
     for below in ("old", "new"):
         Path(f"{root}/{below}").mkdir()
     pivot(root, "old")
@@ -48,6 +51,8 @@ def main() -> None:
     if why := starting.start(where, ["/bin/sh", "-c", SEES], ["ram"], [memory], [], (notes, words)):
         sys.exit(why)
     told(memory, b"old")
+    if not os.pread(memory, 100, 0).startswith(b"1024\n"):
+        sys.exit("the VMM has the custodian's limits")
     system.mount("tmpfs", "/new", "tmpfs")
     for below in ("proc", "old"):
         Path(f"/new/{below}").mkdir()
