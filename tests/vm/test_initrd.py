@@ -88,7 +88,7 @@ def test_the_guest_and_custody_come_through_systemds_own_initrd(boot: type[Host]
         assert host.run("cat", f"/proc/{runs['pid']}/comm").out == "vmm\n", "it was spared"
         assert host.run("cat", f"/proc/{runs['pid']}/cgroup").out == "0::/khod-early\n"
         # From the stage's file system, which was not cleared away.
-        assert host.run("readlink", f"/proc/{runs['pid']}/exe").out.strip() == early.VMM
+        assert host.run("readlink", f"/proc/{runs['pid']}/exe").out.strip().endswith(early.VMM)
         held = host.run("khoctl", "claim", "guest", "--", "true", status=8)
         assert f"process {runs['pid']}" in held.err
         assert "khod-early" in host.run("systemd-analyze", "fdstore", "khod-custodian.service").out
