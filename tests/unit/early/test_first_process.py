@@ -5,6 +5,7 @@ tests/vm/test_initrd.py has it with one."""
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,15 @@ def test_the_hosts_init_goes_on_with_what_the_kernel_gave(root: Path) -> None:
     assert boot(root) == WENT_ON
 
 
-@pytest.mark.parametrize("data", [b"", b"khod-plan 1\nnothing of ours\n", os.urandom(5000), None])
+PLANS = {
+    "empty": b"",
+    "nothing of ours": b"khod-plan 1\nnothing of ours\n",
+    "noise": random.Random(6).randbytes(4096),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("data", PLANS.values(), ids=PLANS)
 def test_without_a_plan(root: Path, data: bytes | None) -> None:
     path = root / paths.PLAN.lstrip("/")
     path.unlink() if data is None else path.write_bytes(data)
