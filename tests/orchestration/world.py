@@ -15,6 +15,7 @@ import pytest
 
 from khod.core.callers import Caller, Kind, Lifetime, Owner, Right
 from khod.core.host import Host
+from khod.core.images import close_image
 from khod.core.keepers import Watch
 from khod.core.ports import Machine
 from khod.core.question import ANSWERED
@@ -198,7 +199,9 @@ class World:
     """A host: one kernel at a time, khod on it, and processes that use memory."""
 
     kernels: ClassVar[list[Kernel]] = []
-    """All that were booted: whoever runs tests switches them off, for each has files open."""
+    """All that were booted."""
+    hosts: ClassVar[list[Host]] = []
+    """Every khod that was started."""
 
     def __init__(
         self,
@@ -241,10 +244,20 @@ class World:
         for plugin in self.plugins:
             manager.register(plugin, plugin.name)
         self.host = Host(self.fit(machine(self.process)), self.settings, manager, self.watch)
+        self.hosts.append(self.host)
         self.told: list[str] = []
         """What systemd would hear while khod starts."""
         await self.host.start(lambda text, seconds: self.told.append(text))
         return self.host
+
+    @classmethod
+    def switch_off(cls) -> None:
+        """All kernels, and the khods on them: what these had open is open in this process, which outlives them."""
+        while cls.kernels:
+            cls.kernels.pop().power_off()
+        while cls.hosts:
+            if image := cls.hosts.pop()._image:
+                close_image(image)
 
     def power_cut(self) -> None:
         """The machine is reset in the middle of whatever it does, and boots from its disk."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def keeper() -> Keeper:
-    return Keeper(Table(1024), Store("", 0), "/nowhere", "")
+    return Keeper(Table(resource.getrlimit(resource.RLIMIT_NOFILE)[0]), Store("", 0), "/nowhere", "")
 
 
 class Early:
