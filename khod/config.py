@@ -296,6 +296,11 @@ class Initrd:
     modules: tuple[str, ...] = _setting((), NAMES, "Kernel modules that must be there before /dev/liveupdate is opened.")
     start: tuple[EarlyStart, ...] = _setting((), STARTS, "Instances to start in it at once, each by a command of its own.")
 
+    @property
+    def started(self) -> tuple[tuple[str, str], ...]:
+        """Owners and names of the instances that are started in it: nobody's where it is not used."""
+        return () if self.use == "none" else tuple((start.owner, start.instance) for start in self.start)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

@@ -179,7 +179,7 @@ def core_settings(configuration: config.Config) -> Settings:
         carry_rate=configuration.deadlines.carry_rate,
         jump=configuration.jump,
         require=configuration.require,
-        early=tuple((s.owner, s.instance) for s in configuration.initrd.start) if configuration.initrd.use != "none" else (),
+        early=configuration.initrd.started,
         orphans_after=configuration.orphans_after,
         reconnect=configuration.reconnect,
         reserve=configuration.reserve,

@@ -9,7 +9,7 @@ import pytest
 
 from khod.rehearsal.tsc import host_tsc_khz
 from tests.vm import early
-from tests.vm.host import Host
+from tests.vm.host import KERNEL, Host
 from tests.vm.kernel import kernel_directory
 from tests.vm.programs.sabotage import POINTS
 
@@ -115,6 +115,23 @@ def sabotaged(host: Host, what: str) -> None:
     early.update(host, "/root/initrd")
 
 
+def shortened(host: Host, what: str) -> None:
+    """khod refuses such an initrd. Where it is told not to look, the kernel unpacks what there is, and finds no launcher."""
+    host.program("sabotage", what, "/root/initrd")
+    refused = host.run("khoctl", "load", KERNEL, "--initrd", "/root/initrd", status=3)
+    assert "no initrd whose contents can be seen" in refused.err
+    used(host, "none")
+    host.run("khoctl", "load", KERNEL, "--initrd", "/root/initrd", "--reuse-cmdline", "--append", "rdinit=/khod/init")
+    host.jump("khoctl", "update")
+    used(host, "host")
+
+
+def used(host: Host, what: str) -> None:
+    """Set initrd.use, for the next `khoctl load`."""
+    host.run("sed", "-i", f"s/^  use: .*/  use: {what}/", "/etc/khod/khod.yaml")
+    host.run("systemctl", "restart", "khod.service")
+
+
 def prepared(host: Host) -> None:
     early.configured(host, "host")
     host.programs("sabotage")
@@ -136,11 +153,14 @@ def test_whatever_is_wrong_in_the_stage_the_guest_is_restored_on_the_root_file_s
     with boot(deadline=850) as host:
         prepared(host)
         for what in POINTS:
-            sabotaged(host, what)
+            (shortened if what == "short" else sabotaged)(host, what)
             if what == "runs":
                 assert host.record("runs").facts["equal"], what
                 assert "runs already" in host.record("hold").facts["reason"]
             else:
                 assert host.record("held").facts["equal"], what
                 host.booted()
-                assert "state        restored" in host.run("khoctl", "status").out or "idle" in host.run("khoctl", "status").out
+                status = host.run("khoctl", "status").out
+                assert "state        restored" in status or "idle" in status
+                if what == "short":
+                    used(host, "host")
