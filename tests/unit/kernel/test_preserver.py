@@ -90,11 +90,12 @@ def test_a_helper_that_was_killed_while_idle_is_replaced(preserver: Preserver, m
 def test_a_helper_that_ends_of_itself_is_no_lack_of_memory(preserver: Preserver, memfd: int) -> None:
     preserver.preserve(memfd, memfd, 0)
     (helper,) = preserver._idle
-    os.kill(helper.process.pid, signal.SIGSTOP)  # or it might have ended before it is taken, and another be made
+    os.kill(helper.process.pid, signal.SIGSTOP)  # or it might have ended before it is asked, and another be made
     helper.channel.send(b"not a token")  # it ends with a traceback
+    before = sent(helper)
 
     def go_on() -> None:
-        while preserver._idle:
+        while sent(helper) == before:
             pass
         os.kill(helper.process.pid, signal.SIGCONT)
 
