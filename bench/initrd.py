@@ -63,7 +63,7 @@ def _on_console(running: Host) -> tuple[int, int, int]:
         if found := re.search(r"first: (\d+) (\d+) (\d+)\r?\n", log.read_text(errors="replace") if log.exists() else ""):
             last, began, held = map(int, found.groups())
             return last, began, held
-        time.sleep(0.05)
+        time.sleep(0.05)  # a file that grows tells nobody, and this is no part of what is measured
     raise AssertionError(f"the C program told nothing within {PATIENCE:g} s")
 
 

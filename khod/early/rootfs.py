@@ -107,7 +107,7 @@ def _device(options: dict[str, str], say: Callable[[str], None]) -> str:
     while not (found := _find(root)):
         if end is not None and time.monotonic() > end:
             raise ValueError(f"root={root} has not appeared within {WAIT:g} s")
-        time.sleep(0.005)
+        time.sleep(0.005)  # as the kernel does (init/do_mounts.c, wait_for_root): drivers tell process 1 nothing
     say(f"root={root} is {found}")
     return found
 
