@@ -201,9 +201,20 @@ class Client:
         """Undo the update under way; the state reached."""
         return _view(self._ask("Abort"), "state", str)
 
-    def claim(self, name: str, *, owner: str = "", lifetime: str | None = None, unverified: bool = False) -> ClaimView:
-        """An instance's descriptors, close-on-exec and owned by the caller, or why there are none."""
-        parameters = {"name": name, "owner": owner, "unverified": unverified}
+    def claim(
+        self,
+        name: str,
+        *,
+        owner: str = "",
+        lifetime: str | None = None,
+        unverified: bool = False,
+        exclusive: bool = False,
+    ) -> ClaimView:
+        """An instance's descriptors, close-on-exec and owned by the caller, or why there are none. `exclusive`: none while
+        another process has it that lives."""
+        parameters: dict[str, object] = {"name": name, "owner": owner, "unverified": unverified}
+        if exclusive:  # an earlier khod does not know it, and refuses it
+            parameters["exclusive"] = True
         self._send("Claim", parameters | ({} if lifetime is None else {"lifetime": lifetime}))
         with self._answer() as (answer, fds):
             claim = _view(answer, "claim", _ClaimAnswer)
@@ -217,6 +228,7 @@ class Client:
             handle=claim.handle,
             lifetime=claim.lifetime,
             process=claim.process,
+            early=claim.early,
         )
 
     def finished(self, handle: str, *, ran: float = 0.0) -> None:
@@ -312,6 +324,7 @@ class _ClaimAnswer(msgspec.Struct):
     handle: str
     lifetime: str = ""
     process: int = 0
+    early: bool = False
 
 
 def _gone(error: OSError) -> Lost:

@@ -72,6 +72,7 @@ class ClaimAnswer:
     handle: str
     lifetime: str
     process: int
+    early: bool
 
 
 # Not a class: mypy would want to know the twin's type.
@@ -205,22 +206,35 @@ class HostInterface(VarlinkInterface, name=INTERFACE):
         await self._service.unregister(self._caller, name, owner=owner, handle=handle)
 
     @varlinkmethod(return_parameter="claim")
-    async def Claim(self, name: str, owner: str = "", lifetime: str | None = None, unverified: bool = False) -> ClaimAnswer:
+    async def Claim(
+        self,
+        name: str,
+        owner: str = "",
+        lifetime: str | None = None,
+        unverified: bool = False,
+        exclusive: bool = False,
+    ) -> ClaimAnswer:
         """Hand an instance's descriptors out: they come with the answer.
 
         `answer` is 'fds'; 'cold' when no such instance came (start from disk); 'hold' when it exists and must not be started,
-        from disk neither; `process` is then that which runs it already, because the initrd started it, or 0. Of `fds`, those
-        that `states` names are what the client wrote: a u64 length, little-endian, then the bytes. `handle` is the instance's
-        from now on. The first claim after a jump registers it again with `lifetime`, by default that which it had; later ones
-        change nothing while the claimant keeps it, or has subscribed to it, but for his own with another lifetime.
-        `unverified`, for who may administer, hands out what khod cannot vouch for.
+        from disk neither; `process` is then that which has it already, or 0, and `early` says that the initrd started that one.
+        Of `fds`, those that `states` names are what the client wrote: a u64 length, little-endian, then the bytes. `handle` is
+        the instance's from now on. The first claim after a jump registers it again with `lifetime`, by default that which it
+        had; later ones change nothing while the claimant lives, or has subscribed to it, but for his own with another lifetime.
+        Who starts the workload with what he is given says `exclusive`: while a process lives that has the instance (it claimed
+        or registered it, or answers for it), and is not the caller's own, the answer is 'hold'; otherwise more than one may
+        have the memory. `unverified`, for who may administer, hands out what khod cannot vouch for.
         """
         asked = None if lifetime is None else _lifetime(lifetime)
-        view = await self._service.claim(self._caller, name, owner=owner, lifetime=asked, unverified=unverified)
+        view = await self._service.claim(
+            self._caller, name, owner=owner, lifetime=asked, unverified=unverified, exclusive=exclusive
+        )
         sendable = await descriptors.export(self._files, view.fds)
         pairs = zip(view.names, sendable, strict=True)
         sent = [Descriptor(fd_name, fd) for fd_name, fd in pairs]
-        return ClaimAnswer(view.answer, view.reason, sent, list(view.states), view.handle, view.lifetime, view.process)
+        return ClaimAnswer(
+            view.answer, view.reason, sent, list(view.states), view.handle, view.lifetime, view.process, view.early
+        )
 
     @varlinkmethod
     async def Finished(self, handle: str, ran: float = 0.0) -> None:

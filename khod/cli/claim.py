@@ -40,6 +40,12 @@ def claim(
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Hand it out even if khod cannot vouch for its memory. This is recorded.")
     ] = False,
+    shared: Annotated[
+        bool,
+        typer.Option(
+            "--shared", help="Even if another process has it that lives: for a COMMAND that looks and starts no second life."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run COMMAND with an instance's descriptors.
@@ -48,8 +54,8 @@ def claim(
     says how many, LISTEN_FDNAMES their names with ":" between, LISTEN_PID to whom. KHOD_STATES are those of the names that are
     states of its client, KHOD_HANDLE is for khoctl finished. Nothing is run when the instance did
     not come (exit status 9: start it from disk), or came and must not be started (exit status 8: a second life would
-    ruin its disk). One that the initrd has started runs already: in a unit of Type=notify its process becomes the unit's
-    main one, and khoctl is done; elsewhere that is status 8.
+    ruin its disk), which is so too while a process has it that lives. If the initrd has started that one, it becomes the main
+    process of a unit of Type=notify that khoctl runs in, and khoctl is done; elsewhere that is status 8.
 
     \b
     Example:
@@ -62,11 +68,11 @@ def claim(
     if program is None:
         raise InvalidRequest(f"there is no command {command[0]!r}", hint="nothing was claimed")
     with khod(context) as client:
-        view = client.claim(name, owner=owner, lifetime=lifetime, unverified=unverified)
+        view = client.claim(name, owner=owner, lifetime=lifetime, unverified=unverified, exclusive=not shared)
         if view.lifetime == "connection":  # that of ours, which ends when COMMAND begins: it shall hang on COMMAND
             for fd in view.fds:
                 os.close(fd)
-            view = client.claim(name, owner=owner, lifetime="process", unverified=unverified)
+            view = client.claim(name, owner=owner, lifetime="process", unverified=unverified, exclusive=not shared)
         if json:
             output.print_json(
                 {
@@ -76,6 +82,7 @@ def claim(
                     "states": view.states,
                     "handle": view.handle,
                     "process": view.process,
+                    "early": view.early,
                 }
             )
         if view.answer == "fds":
@@ -83,10 +90,11 @@ def claim(
     if view.answer == "cold":
         output.complain(view.reason, "start it from disk")
         raise typer.Exit(COLD)
-    if view.process and (manager := adopt.wanted()):
+    if view.early and (manager := adopt.wanted()):
         adopt.adopt(view.process, manager)
         return
-    raise Held(view.reason, hint="do not start it from disk; khoctl claim --unverified hands it out as it is")
+    hint = "do not start it from disk; khoctl claim --unverified hands it out as it is"
+    raise Held(view.reason, hint="do not start it again; --shared is for a COMMAND that only looks" if view.process else hint)
 
 
 def execute(program: str, command: Sequence[str], view: ClaimView) -> NoReturn:

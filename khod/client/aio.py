@@ -71,11 +71,25 @@ class Participant:
         await self.close()
 
     async def claim(
-        self, name: str, *, owner: str = "", lifetime: str | None = None, unverified: bool = False, opaque: bool = False
+        self,
+        name: str,
+        *,
+        owner: str = "",
+        lifetime: str | None = None,
+        unverified: bool = False,
+        exclusive: bool = False,
+        opaque: bool = False,
     ) -> Claimed | Cold | Hold:
         """Take over what came through a jump. A caller who is cancelled has claimed all the same, and owns nothing."""
         return await _threaded(
-            _discard, self._inner.claim, name, owner=owner, lifetime=lifetime, unverified=unverified, opaque=opaque
+            _discard,
+            self._inner.claim,
+            name,
+            owner=owner,
+            lifetime=lifetime,
+            unverified=unverified,
+            exclusive=exclusive,
+            opaque=opaque,
         )
 
     async def register(

@@ -30,6 +30,8 @@ class Hold:
     """It exists and must not be started, from disk neither: a second life would ruin what the first one wrote."""
 
     reason: str
+    process: int = 0
+    """Which has it already; 0 for none that is known."""
 
 
 @dataclass(slots=True)

@@ -86,17 +86,27 @@ class Participant:
     # --- what a VMM asks for
 
     def claim(
-        self, name: str, *, owner: str = "", lifetime: str | None = None, unverified: bool = False, opaque: bool = False
+        self,
+        name: str,
+        *,
+        owner: str = "",
+        lifetime: str | None = None,
+        unverified: bool = False,
+        exclusive: bool = False,
+        opaque: bool = False,
     ) -> Claimed | Cold | Hold:
         """Take over what came through a jump. When it did, it is registered again, by default with the lifetime that it had,
-        and answered for from `start` on; `opaque` says that it is of those whose session the workload fills."""
+        and answered for from `start` on; `opaque` says that it is of those whose session the workload fills. `exclusive`: Hold
+        while another process has it that lives, so that no two start the same workload."""
         self._not_started()
-        claim = self._call(lambda line: line.claim(name, owner=owner, lifetime=lifetime, unverified=unverified))
+        claim = self._call(
+            lambda line: line.claim(name, owner=owner, lifetime=lifetime, unverified=unverified, exclusive=exclusive)
+        )
         fds = dict(zip(claim.names, claim.fds, strict=True))
         if claim.answer == "cold":
             return Cold(claim.reason)
         if claim.answer == "hold":
-            return Hold(claim.reason)
+            return Hold(claim.reason, claim.process)
         try:
             if claim.answer != "fds" or not set(claim.states) <= set(fds):
                 raise FormatError(f"khod's answer to the claim of {name} is not what it must be: {claim}")

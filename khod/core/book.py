@@ -54,6 +54,9 @@ class Page:
     session: str
     """The incoming session that it is still to be restored from; '' for none."""
     problem: str = ""
+    holder_pid: int = 0
+    holder_since: int = 0
+    holder_early: bool = False
     keepsake: Mapping[str, str] = field(default_factory=dict)
     """Hexadecimal."""
 
@@ -249,6 +252,9 @@ def page_of(entry: Entry) -> Page:
         deposits=dict(entry.deposits),
         session=entry.incoming,
         problem=entry.problem,
+        holder_pid=entry.holder_pid,
+        holder_since=entry.holder_since,
+        holder_early=entry.holder_early,
         keepsake={name: value.hex() for name, value in entry.keepsake.items()},
     )
 

@@ -199,6 +199,11 @@ class Broker:
         """Whether a living client answers for this instance."""
         return self._living(handle) is not None
 
+    def who_answers(self, handle: str) -> Caller | None:
+        """The living client that answers for this instance."""
+        subscription = self._living(handle)
+        return subscription.caller if subscription is not None else None
+
     # For the update
 
     def standing(self, entries: Iterable[Entry]) -> dict[str, int]:

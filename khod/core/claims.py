@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from khod.core.alerts import Alert, alert
 from khod.core.broker import Broker
-from khod.core.callers import Caller, Lifetime, Right
-from khod.core.instances import check_lifetime, new_handle
+from khod.core.callers import Caller, Lifetime, Presence, Right
+from khod.core.instances import check_lifetime, kept_by, new_handle
 from khod.core.journal import Journal
 from khod.core.ports import Machine
 from khod.core.registry import Entry, Grade, InstanceState, Registry
@@ -32,6 +32,8 @@ class Claimed:
     """The entry that hangs on the claimant from now on; None where nothing changed hands."""
     void: str = ""
     """The handle that is void now."""
+    held: Entry | None = None
+    """The entry that the claimant's process has from now on; None where it got descriptors and no more."""
 
 
 class Claims:
@@ -50,6 +52,7 @@ class Claims:
         *,
         lifetime: Lifetime | None,
         unverified: bool,
+        exclusive: bool,
     ) -> Claimed:
         """See `khod.core.service.Service.claim`."""
         if unverified and not caller.may(Right.ADMINISTER):
@@ -63,14 +66,30 @@ class Claims:
             return Claimed(_unknown(name, state))
         if entry.runner is not None and entry.runner.there and caller.pid != entry.runner_pid:
             reason = f"{entry.label} runs already: the initrd started it as process {entry.runner_pid}"
-            return Claimed(hold(reason, process=entry.runner_pid))
+            return Claimed(hold(reason, process=entry.runner_pid, early=True))
         if reason := _held_back(entry, state, unverified):
             return Claimed(hold(reason))
+        if exclusive and (taken := self._taken(entry, caller)) is not None:
+            return Claimed(taken)
         changes_hands = self._changes_hands(entry, caller, lifetime)
         if changes_hands:
             _check_keeper(entry, caller, lifetime or entry.lifetime)
         self._record(entry, caller, update)
-        return self._hand_out(entry, lifetime, changes_hands=changes_hands)
+        claimed = self._hand_out(entry, lifetime, changes_hands=changes_hands)
+        return replace(claimed, held=entry) if changes_hands or exclusive else claimed
+
+    def _taken(self, entry: Entry, caller: Caller) -> ClaimView | None:
+        """The answer to who would be alone with it, when somebody else has it who lives: a second life of a guest ruins its
+        disk, and both write to the same memory."""
+        if _anothers(entry, caller):
+            reason = f"process {entry.holder_pid} has {entry.label}, and lives"
+            return hold(reason, process=entry.holder_pid, early=entry.holder_early)
+        client = self._broker.who_answers(entry.handle)
+        if client is not None and not _is(caller, client.pid, client.process):
+            return hold(f"process {client.pid} answers for {entry.label}, and lives", process=client.pid)
+        if entry.keeper is not None and entry.keeper.there and not _is(caller, entry.keeper_pid, entry.keeper):
+            return hold(f"{entry.label} hangs on {kept_by(entry)}, which lives", process=entry.keeper_pid)
+        return None
 
     def _record(self, entry: Entry, caller: Caller, update: str) -> None:
         """Journal the claim. A guest does not stand still for want of a record; what is not verified is handed out on record
@@ -110,6 +129,7 @@ class Claims:
         if lifetime not in (None, entry.lifetime) and entry.keeper in (caller.connection, caller.process):
             return True
         kept = entry.keeper is not None and entry.keeper.there
+        kept = kept or _anothers(entry, caller)
         return entry.state is not InstanceState.CLAIMED or not (kept or self._broker.answers(entry.handle))
 
     def _hand_out(self, entry: Entry, lifetime: Lifetime | None, *, changes_hands: bool) -> Claimed:
@@ -139,6 +159,16 @@ class Claims:
         return Claimed(view, entry, void) if changes_hands else Claimed(view)
 
 
+def _is(caller: Caller, pid: int, presence: Presence) -> bool:
+    """Whether what is there, the process of that number or a connection of it, is the caller's: nobody else has the number."""
+    return presence in (caller.process, caller.connection) or caller.pid == pid != 0
+
+
+def _anothers(entry: Entry, caller: Caller) -> bool:
+    """Whether a process has it that lives and is not the caller's."""
+    return entry.holder is not None and entry.holder.there and not _is(caller, entry.holder_pid, entry.holder)
+
+
 def _check_keeper(entry: Entry, caller: Caller, lifetime: Lifetime) -> None:
     """Raises Lost where the instance would hang on what has ended: it would be let go of at once."""
     keeper = caller.keeper(lifetime)
@@ -166,6 +196,6 @@ def _unknown(name: str, state: State) -> ClaimView:
     return ClaimView(answer="cold", reason=f"no instance {name!r} came through")
 
 
-def hold(reason: str, *, process: int = 0) -> ClaimView:
+def hold(reason: str, *, process: int = 0, early: bool = False) -> ClaimView:
     """Do not start it."""
-    return ClaimView(answer="hold", reason=reason, process=process)
+    return ClaimView(answer="hold", reason=reason, process=process, early=early)

@@ -96,7 +96,11 @@ class Holdings:
 
     async def register(self, caller: Caller, asked: Registration, fds: Sequence[tuple[str, int]]) -> views.RegisteredView:
         """See `khod.core.service.Service`."""
-        entry = await self._register(caller, asked, fds, lambda: caller.keeper(asked.lifetime), caller.pid)
+
+        def keeper() -> Presence | None:
+            return caller.keeper(asked.lifetime)
+
+        entry = await self._register(caller, asked, fds, keeper, lambda: caller.process, caller.pid)
         return await self._registered(entry)
 
     async def _register(
@@ -105,11 +109,13 @@ class Holdings:
         asked: Registration,
         fds: Sequence[tuple[str, int]],
         keeper: Callable[[], Presence | None],
+        holder: Callable[[], Presence | None],
         pid: int,
     ) -> Entry:
-        """An entry in the registry, its descriptors in custody, that hangs on what `keeper` finds, which is of process `pid`.
+        """An entry in the registry, its descriptors in custody, that hangs on what `keeper` finds, and that the process has
+        which `holder` finds; both are of process `pid`.
 
-        `keeper` is asked in the same breath: a process that nothing hangs on is not watched for long.
+        They are asked in the same breath: a process that nothing hangs on is not watched for long.
         """
         async with self.lock:
             try:
@@ -126,6 +132,7 @@ class Holdings:
                 if presence is None and asked.lifetime is not Lifetime.PERSISTENT:
                     raise InvalidRequest(f"there is no process {pid} to keep {entry.label}")
                 self.keepers.hang(entry, presence, pid)
+                self.keepers.hold(entry, holder(), pid)
                 await blocking(self.book.put, entry)
             except BaseException:
                 await self._let_go(entry)
@@ -150,7 +157,11 @@ class Holdings:
                 self.machine.files.close(fd)
             raise
         lasting = asked.lifetime is Lifetime.PERSISTENT
-        entry = await self._register(caller, asked, taken, lambda: None if lasting else self.keepers.watch(pid), pid)
+
+        def process() -> Presence | None:
+            return self.keepers.watch(pid)
+
+        entry = await self._register(caller, asked, taken, lambda: None if lasting else process(), process, pid)
         return await self._registered(entry)
 
     async def note(self, entry: Entry) -> None:
@@ -215,18 +226,28 @@ class Holdings:
         owner: str = "",
         lifetime: Lifetime | None = None,
         unverified: bool = False,
+        exclusive: bool = False,
     ) -> views.ClaimView:
         """See `khod.core.service.Service`."""
         async with self.lock:
             if not caller.connection.there:  # it waited for its turn: what hangs on who is gone would be let go of
                 raise Lost("the connection that claimed it is gone", hint="claim again")
             claimed = await self._claims.answer(
-                caller, name, owner, self._where.state, self._where.update_id, lifetime=lifetime, unverified=unverified
+                caller,
+                name,
+                owner,
+                self._where.state,
+                self._where.update_id,
+                lifetime=lifetime,
+                unverified=unverified,
+                exclusive=exclusive,
             )
             if claimed.entry is not None:
                 self.broker.forget(claimed.void)
                 self.keepers.bind(claimed.entry, caller)
-                await blocking(self.book.put, claimed.entry)
+            if claimed.held is not None:
+                self.keepers.hold(claimed.held, caller.process, caller.pid)
+                await blocking(self.book.put, claimed.held)
             return claimed.view
 
     # What ends by itself

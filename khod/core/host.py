@@ -226,9 +226,12 @@ class Host:
         owner: str = "",
         lifetime: Lifetime | None = None,
         unverified: bool = False,
+        exclusive: bool = False,
     ) -> views.ClaimView:
         """See Service."""
-        return await self.holdings.claim(caller, name, owner=owner, lifetime=lifetime, unverified=unverified)
+        return await self.holdings.claim(
+            caller, name, owner=owner, lifetime=lifetime, unverified=unverified, exclusive=exclusive
+        )
 
     async def finished(self, caller: Caller, handle: str, *, ran: float = 0.0) -> None:
         """See Service."""

@@ -231,6 +231,7 @@ def take_up(entry: Entry, page: Page) -> None:
     """What the book says of an instance beyond its descriptors: who speaks for it, and whether it was claimed."""
     entry.handle, entry.lifetime = page.handle, page.lifetime
     entry.keeper_pid, entry.keeper_since = page.keeper_pid, page.keeper_since
+    entry.holder_pid, entry.holder_since, entry.holder_early = page.holder_pid, page.holder_since, page.holder_early
     entry.attended, entry.since = page.attended, page.since
     entry.deposits, entry.shares = dict(page.deposits), dict(page.shares)
     entry.keepsake = {name: bytes.fromhex(value) for name, value in page.keepsake.items()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What an instance hangs on: the connection or the process whose end is its end (decision 5)."""
+"""What an instance hangs on: the connection or the process whose end is its end (decision 5); and which process has it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,21 @@ class Keepers:
         """From now on the entry hangs on that presence, which is of process `pid`; None: on nothing."""
         entry.keeper = presence
         entry.keeper_pid, entry.keeper_since = (pid, presence.since) if presence is not None else (0, 0)
-        if presence is not None and id(presence) not in self._watched:
+        if presence is not None:
+            self._attend(presence)
+
+    def hold(self, entry: Entry, presence: Presence | None, pid: int, *, early: bool = False) -> None:
+        """From now on that process, whose number is `pid`, has the entry, and may run its workload; None: no process that is
+        known. `early`: the restore stage started it."""
+        same = presence is not None and pid == entry.holder_pid and presence.since == entry.holder_since
+        entry.holder_early = early or (same and entry.holder_early)
+        entry.holder = presence
+        entry.holder_pid, entry.holder_since = (pid, presence.since) if presence is not None else (0, 0)
+        if presence is not None:
+            self._attend(presence)  # else nobody would look at it once it has hung up
+
+    def _attend(self, presence: Presence) -> None:
+        if id(presence) not in self._watched:
             self._watched[id(presence)] = presence
             presence.on_end(lambda: self._gone(presence))
 
@@ -50,6 +64,8 @@ class Keepers:
         back."""
         waiting = []
         for entry in entries:
+            if entry.holder is None and entry.holder_pid:
+                self._resume_holder(entry)
             if entry.lifetime is Lifetime.PERSISTENT or entry.keeper is not None:
                 continue
             if entry.lifetime is Lifetime.CONNECTION or not entry.keeper_pid:
@@ -62,6 +78,12 @@ class Keepers:
                 self._ended(entry)
         if waiting:
             asyncio.get_running_loop().call_later(grace, self._give_up, waiting)
+
+    def _resume_holder(self, entry: Entry) -> None:
+        presence = self.watch(entry.holder_pid)
+        if presence is not None and presence.since != entry.holder_since:
+            presence = None
+        self.hold(entry, presence, entry.holder_pid)
 
     def _give_up(self, waiting: Iterable[Entry]) -> None:
         for entry in waiting:

@@ -107,6 +107,13 @@ class Entry:
     """The process that the restore stage started for it, until that claims it."""
     runner_pid: int = 0
     runner_since: int = 0
+    holder: Presence | None = None
+    """The process that it was handed out to, or that registered it: it may run the workload, whatever the instance hangs on."""
+    holder_pid: int = 0
+    holder_since: int = 0
+    """`Presence.since` of it, for a khod that is started anew."""
+    holder_early: bool = False
+    """Whether the restore stage started that process."""
     client_states: tuple[StateBound, ...] = ()
     """Written by its client and not by its driver."""
     shareable: bool = False

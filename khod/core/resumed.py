@@ -58,6 +58,7 @@ def hang(keepers: Keepers, entries: Iterable[Entry]) -> None:
         presence = keepers.watch(entry.runner_pid)
         if presence is not None and presence.since == entry.runner_since:
             entry.runner = presence
+            keepers.hold(entry, presence, entry.runner_pid, early=True)
             if entry.lifetime is not Lifetime.PERSISTENT:
                 keepers.hang(entry, presence, entry.runner_pid)
 

@@ -116,10 +116,12 @@ class Service(Protocol):
         owner: str = "",
         lifetime: Lifetime | None = None,
         unverified: bool = False,
+        exclusive: bool = False,
     ) -> ClaimView:
         """Hand an instance's descriptors out (decision 24). The first claim after a jump registers it again with the claimant's
         `lifetime`, None for that which it had; later ones change nothing while the claimant keeps it, or answers for it, but
-        for his own with another lifetime.
+        for his own with another lifetime. `exclusive`: only if nobody has it who lives, but for the caller's own process; else
+        'hold', with that process. It is for who starts the workload with what he is given.
 
         Raises NotPermitted for `unverified` without the right to administer, Lost when the caller's connection has ended."""
         ...

@@ -202,7 +202,9 @@ class ClaimView:
     lifetime: str = ""
     """What it hangs on: 'connection', 'process', 'persistent'; '' where nothing is handed out."""
     process: int = 0
-    """Of a 'hold': the process that runs it already, started in the initrd; 0 for none."""
+    """Of a 'hold': the process that has it already, and may run it; 0 for none that is known."""
+    early: bool = False
+    """Whether the initrd started that process: no unit has it yet that was to start it."""
 
 
 @dataclass(frozen=True, kw_only=True)

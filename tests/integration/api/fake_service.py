@@ -392,6 +392,7 @@ class FakeService:
         owner: str = "",
         lifetime: Lifetime | None = None,
         unverified: bool = False,
+        exclusive: bool = False,
     ) -> ClaimView:
         if unverified and not caller.may(Right.ADMINISTER):
             raise NotPermitted("that takes the right to administer")
