@@ -33,11 +33,12 @@ from khod.api.crowd import DESCRIPTORS, Crowd
 from khod.api.faults import fault, internal
 from khod.api.peers import Presence, ProcessPresence
 from khod.api.policy import RIGHTS, require
+from khod.api.porters import KHOD_TAKES, Porters, let_go
 from khod.api.stream import HangUps, Stream
 from khod.api.wire import INTERFACE
 from khod.config import Limits
 from khod.core.callers import Caller, Right
-from khod.errors import KhodError, Lost, NotPermitted
+from khod.errors import InvalidRequest, KhodError, Lost, NotPermitted
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Shared:
     calls: Calls
     hang_ups: HangUps
     audit: Audit
+    porters: Porters
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +106,12 @@ class Connection:
             sock,
             longest=shared.limits.message,
             slow=shared.limits.slow,
+            porters=shared.porters,
+            uid=crowd.uid,
+            hang_ups=shared.hang_ups,
             received=self._received,
             ended=self._stream_ended,
         )
-        self._sock = sock
         shared.hang_ups.watch(sock, self._hung_up)
         self.presence = Presence(self._loop)
         self.process: ProcessPresence | None = None
@@ -185,14 +189,12 @@ class Connection:
             return
         self._over = True
         self._busy()
-        if not self._stream.closed:
-            self._shared.hang_ups.forget(self._sock)
         self._stream.close()
         self._told(self)
 
     # --- calls
 
-    def _received(self, message: bytes, fds: list[int]) -> None:
+    def _received(self, message: bytes, fds: list[int], refused: str) -> None:
         self._busy()
         array = FileDescriptorArray(self, fds)
         if self._shared.calls.ended:
@@ -203,21 +205,29 @@ class Connection:
             self.close(f"more than {DESCRIPTORS} descriptors in calls that are not answered yet")
             return
         self._crowd.descriptors += len(fds)
-        self._call = self._shared.calls.start(self._take(message, array, len(fds)))
+        self._call = self._shared.calls.start(self._answer(message, array, refused))
+        # Not in the task itself: of one that is cancelled before its first step nothing runs.
+        self._call.add_done_callback(lambda _: self._answered(array))
 
-    async def _take(self, message: bytes, fds: FileDescriptorArray, count: int) -> None:
-        try:
-            await self._answer(message, fds)
-        finally:
-            fds.release(self)
+    def _answered(self, fds: FileDescriptorArray) -> None:
+        self._release(fds)
+        self._call = None
+        if self._said_all:
+            self.close()
+        else:
+            self._next()
+
+    def _release(self, fds: FileDescriptorArray) -> None:
+        """Let go of what nobody took."""
+        count, rest = len(fds), [descriptor.take() for descriptor in fds if descriptor]
+        fds.release(self)
+
+        def done() -> None:
             self._crowd.descriptors -= count
-            self._call = None
-            if self._said_all:
-                self.close()
-            else:
-                self._next()
 
-    async def _answer(self, message: bytes, fds: FileDescriptorArray) -> None:
+        let_go(self._loop, [real for real in rest if isinstance(real, int)], done)
+
+    async def _answer(self, message: bytes, fds: FileDescriptorArray, refused: str) -> None:
         asked: dict[str, Any] | None = None
         call: _Call | None = None
         oneway = False
@@ -231,7 +241,7 @@ class Connection:
                 if not oneway and self._stream.hung_up():
                     self.close()  # nobody is there to take the answer: a claim would be handed out to nobody
                     return
-                call = self._understand(asked, fds)
+                call = self._understand(asked, fds, refused)
             await self._perform(call)
             if not call.signature.more:
                 self._audit(call.name, call.parameters, "")
@@ -251,8 +261,8 @@ class Connection:
             self._audit(name, call.parameters if call else {}, f"failed inside: {type(error).__name__}")
             await self._send_fault(internal(error), oneway)
 
-    def _understand(self, asked: dict[str, Any], fds: FileDescriptorArray) -> _Call:
-        """Raises VarlinkErrorReply for what is no call, and NotPermitted."""
+    def _understand(self, asked: dict[str, Any], fds: FileDescriptorArray, refused: str) -> _Call:
+        """Raises VarlinkErrorReply for what is no call, NotPermitted, and InvalidRequest for what came beside it."""
         try:
             call = VarlinkMethodCall.fromjson(asked)
         except (TypeError, ValueError):
@@ -268,6 +278,8 @@ class Connection:
         method, signature = self._registry.lookup_method(call)
         if name == call.method_name:
             require(self._caller.owner, self._caller.rights, name)
+        if refused:
+            raise InvalidRequest(refused, hint=f"khod takes {KHOD_TAKES}")
         try:
             parameters = signature.parameter_type.fromjson(call.parameters, {FileDescriptorVarlinkType: fds})
         except ConversionError as error:

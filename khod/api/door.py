@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 from khod.api import peers
 from khod.api.crowd import Crowd
+from khod.api.listening import pass_descriptors
+from khod.api.porters import Porters
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +25,22 @@ SHORT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 class Door:
     """Accepts on `sock`, which does not block and is owned, until `close`. `came` is given each connection, as its own, and the
-    crowd of its user; a `leave` belongs to it. Root and khod's own user are counted and not refused."""
+    crowd of its user; a `leave` belongs to it. Root and khod's own user are counted and not refused. `porters` close what is
+    refused."""
 
     def __init__(
-        self, sock: socket.socket, *, most: int, most_per_user: int, came: Callable[[socket.socket, Crowd], None]
+        self,
+        sock: socket.socket,
+        *,
+        most: int,
+        most_per_user: int,
+        came: Callable[[socket.socket, Crowd], None],
+        porters: Porters,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock, self._most, self._most_per_user, self._came = sock, most, most_per_user, came
+        self._porters = porters
+        self._strict = False
         self._crowds: dict[int, Crowd] = {}
         self._pause: asyncio.TimerHandle | None = None
         self.connections = 0
@@ -42,6 +53,13 @@ class Door:
         crowd.connections -= 1
         if not crowd.connections:
             del self._crowds[crowd.uid]
+
+    def strict(self, on: bool) -> None:
+        """Whether descriptors can be sent only from the moment on that a connection is let in: then one that is refused has
+        none in its queue, which somebody would have to close."""
+        self._strict = on
+        if self._sock.fileno() >= 0:
+            pass_descriptors(self._sock, not on)
 
     def close(self) -> None:
         """Accept no more. Again: no effect."""
@@ -74,15 +92,19 @@ class Door:
             self._suspend()
             self._pause = self._loop.call_later(PAUSE, self._resume)
             return
+        # Else a byte out of band would be read past, and what came beside it let go of, without a word (net/unix/af_unix.c).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         uid = peers.credentials(sock).uid
         crowd = self._crowds.get(uid) or Crowd(uid)
-        full = self.connections >= self._most or crowd.connections >= self._most_per_user
+        full = self.connections >= self._most or crowd.connections >= self._most_per_user or self._porters.full(uid)
         if full and uid not in (0, os.geteuid()):
             logger.warning(
                 "a connection of user %d was refused: %d of its are open, %d in all", uid, crowd.connections, self.connections
             )
-            sock.close()
+            self._porters.hang_up(uid, sock)
             return
+        if self._strict:
+            pass_descriptors(sock, True)
         self._crowds[uid] = crowd
         crowd.connections += 1
         self.connections += 1

@@ -21,8 +21,8 @@ MAX_LINE = 4096
 class Lines:
     """The lines that come in, as an asynchronous iterator; `send` for those that go out.
 
-    It is read without room for control messages: descriptors that a peer sends are let go of by the kernel, and never enter our
-    table (unix(7)).
+    It is read without room for control messages: a descriptor that a peer sends does not enter our table (unix(7)). He cannot
+    send any on sockets that `khod.api.listening.pass_descriptors` keeps from it.
     """
 
     def __init__(self, sock: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

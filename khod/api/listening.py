@@ -8,6 +8,7 @@ Whoever connects meanwhile waits in the backlog.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from pathlib import Path
@@ -17,6 +18,8 @@ from khod.errors import InvalidRequest, MachineError, Refused
 BACKLOG = 1024
 FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
+SO_PASSRIGHTS = 83
+"""asm-generic/socket.h."""
 
 
 def listen(path: Path, *, everybody: bool = False, rival: str = "another khod") -> socket.socket:
@@ -46,6 +49,16 @@ def listen(path: Path, *, everybody: bool = False, rival: str = "another khod") 
             raise InvalidRequest(f"cannot listen at {path}: {error}", hint="choose a shorter path for the socket")
         raise MachineError(f"cannot listen at {path}", errno=error.errno)
     return sock
+
+
+def pass_descriptors(sock: socket.socket, on: bool) -> None:
+    """Whether anybody can send descriptors to `sock`, or to what connects to it from now on: if not, his sendmsg(2) fails with
+    EPERM, where the kernel knows that (Linux 6.16, older than all that can do live updates)."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, int(on))
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
 
 
 def _make(directory: Path) -> None:

@@ -29,9 +29,10 @@ from khod.api.crowd import Crowd
 from khod.api.descriptors import Bridge
 from khod.api.door import Door
 from khod.api.lines import Lines
-from khod.api.listening import listen
+from khod.api.listening import listen, pass_descriptors
 from khod.api.meeting import meet
 from khod.api.peers import Presence, Processes
+from khod.api.porters import Porters
 from khod.config import Limits, Rule
 from khod.core.blocking import blocking
 from khod.core.callers import Caller, Lifetime, Right
@@ -86,7 +87,12 @@ class Listener:
         self._watched_by_others = processes is not None
         self._databases = ThreadPoolExecutor(max_workers=1, thread_name_prefix="khod-luod-peers")
         self._connections: set[asyncio.Task[None]] = set()
-        self._door = Door(sock, most=MAX_CONNECTIONS, most_per_user=MAX_CONNECTIONS_PER_USER, came=self._came)
+        # Nobody has a descriptor to send here, and whoever let go of one that came might wait for its sender.
+        pass_descriptors(sock, False)
+        self._porters = Porters()
+        self._door = Door(
+            sock, most=MAX_CONNECTIONS, most_per_user=MAX_CONNECTIONS_PER_USER, came=self._came, porters=self._porters
+        )
 
     @property
     def connections(self) -> int:
@@ -100,6 +106,7 @@ class Listener:
         for task in self._connections:
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
+        await self._porters.aclose()
         if not self._watched_by_others:
             self._processes.close()
         self._databases.shutdown(wait=False, cancel_futures=True)

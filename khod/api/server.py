@@ -24,6 +24,7 @@ from khod.api.host import HostInterface
 from khod.api.listening import listen
 from khod.api.meeting import meet
 from khod.api.peers import Processes
+from khod.api.porters import Porters
 from khod.api.stream import HangUps
 from khod.config import Limits, Rule
 from khod.core.callers import Caller
@@ -74,19 +75,30 @@ class Server:
     ) -> None:
         self._service, self._files, self._rules = service, files, rules
         self._loop = asyncio.get_running_loop()
-        self._shared = Shared(limits, Calls(), HangUps(self._loop), Audit())
+        self._shared = Shared(limits, Calls(), HangUps(self._loop), Audit(), Porters(lambda on: self._door.strict(on)))
         self._connections: set[Connection] = set()
         self._processes = processes or Processes(self._loop)
         # Of its own: a database of users that does not answer must hold up nobody but those who connect.
         self._databases = ThreadPoolExecutor(max_workers=1, thread_name_prefix="khod-peers")
         self._meeting: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._door = Door(sock, most=limits.connections, most_per_user=limits.connections_per_user, came=self._came)
+        self._door = Door(
+            sock,
+            most=limits.connections,
+            most_per_user=limits.connections_per_user,
+            came=self._came,
+            porters=self._shared.porters,
+        )
 
     @property
     def connections(self) -> int:
         """How many are open."""
         return self._door.connections
+
+    @property
+    def porters(self) -> Porters:
+        """Those who take in what peers send."""
+        return self._shared.porters
 
     async def aclose(self) -> None:
         """Accept no more, cancel the calls under way and wait for their end, close every connection. Again: no effect.
@@ -103,6 +115,7 @@ class Server:
         await self._shared.calls.aclose()
         for connection in list(self._connections):
             connection.abandon()
+        await self._shared.porters.aclose()
         self._processes.close()
         self._shared.hang_ups.close()
         self._databases.shutdown(wait=False, cancel_futures=True)

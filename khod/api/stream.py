@@ -3,20 +3,19 @@
 
 Written here, and not taken from asyncvarlink 0.3.3, because a peer must not be able to stall the loop or to fill memory. That
 library's transport reads until nothing is left, keeps every answer that is not taken, receives descriptors without
-close-on-exec, and forgets those of a message that takes more than one read.
+close-on-exec, and forgets those of a message that takes more than one read. And what comes beside a message is not received
+here at all, but by the user's porter (`khod.api.porters`).
 """
 
 from __future__ import annotations
 
-import array
 import asyncio
-import os
 import select
 import socket
 from collections.abc import Callable, Sequence
 
-MAX_FDS = 253
-"""Descriptors beside one message: SCM_MAX_FD, include/net/scm.h."""
+from khod.api.porters import Brought, Porters, let_go
+
 _SLICE = 1 << 16
 
 
@@ -35,7 +34,7 @@ class HangUps:
         self._epoll.register(sock.fileno(), 0)  # EPOLLHUP and EPOLLERR come unasked
 
     def forget(self, sock: socket.socket) -> None:
-        """Before it is closed."""
+        """Before it is closed: the socket is not gone as long as a porter has it."""
         if self._told.pop(sock.fileno(), None) is not None:
             self._epoll.unregister(sock.fileno())
 
@@ -52,8 +51,9 @@ class HangUps:
 
 class Stream:
     """One socket, which is owned. Messages end in a NUL; one is read at a time, after `resume`, and given to `received`
-    without its NUL and with its descriptors, which are the receiver's to close. `ended` is told the reason, once: '' when the
-    peer has said all (it may still listen: the receiver closes), else the stream is closed already."""
+    without its NUL and with its descriptors, which are the receiver's to close, or with what is wrong with these. `ended` is
+    told the reason, once: '' when the peer has said all (it may still listen: the receiver closes), else the stream is closed
+    already. `porters` take in what the user sends, and what he has left in the socket; `hang_ups` hear that it is closed."""
 
     def __init__(
         self,
@@ -62,15 +62,22 @@ class Stream:
         *,
         longest: int,
         slow: float,
-        received: Callable[[bytes, list[int]], None],
+        porters: Porters,
+        uid: int,
+        hang_ups: HangUps,
+        received: Callable[[bytes, list[int], str], None],
         ended: Callable[[str], None],
     ) -> None:
         self._loop, self._sock = loop, sock
         self._longest, self._slow = longest, slow
+        self._porters, self._uid, self._hang_ups = porters, uid, hang_ups
         self._received, self._ended = received, ended
         self._part = bytearray()
         self._fds: list[int] = []
+        self._refused = ""
         self._reading = False
+        self._fetching = False
+        """Whether the porter reads, and nobody else may."""
         self._sending = False
         self._deadline: asyncio.TimerHandle | None = None
         self._room: asyncio.Future[None] | None = None
@@ -96,7 +103,7 @@ class Stream:
 
     def resume(self) -> None:
         """Read the next message."""
-        if not self.closed and not self._reading:
+        if not self.closed and not self._reading and not self._fetching:
             self._reading = True
             self._loop.add_reader(self._sock, self._readable)
 
@@ -114,7 +121,8 @@ class Stream:
                 self._loop.remove_writer(self._sock)
                 if not self._room.done():
                     self._room.set_exception(BrokenPipeError())
-            self._sock.close()
+            self._hang_ups.forget(self._sock)
+            self._porters.hang_up(self._uid, self._sock)
         self._forget_part()
 
     def _forget_part(self) -> None:
@@ -122,9 +130,9 @@ class Stream:
             self._deadline.cancel()
             self._deadline = None
         self._part.clear()
+        self._refused = ""
         fds, self._fds = self._fds, []
-        for fd in fds:
-            os.close(fd)
+        let_go(self._loop, fds)
 
     def _drop(self, why: str) -> None:
         self.close()
@@ -134,47 +142,75 @@ class Stream:
         """One slice, of one message: descriptors arrive with the first byte of theirs, so that a read which stays inside one
         says whose they are."""
         try:
-            peeked = self._sock.recv(_SLICE, socket.MSG_PEEK)
+            # Without room for descriptors: none are received, and the flag says whether there are any.
+            peeked, _, flags, _ = self._sock.recvmsg(_SLICE, 0, socket.MSG_PEEK)
             if not peeked:
                 self._forget_part()
                 self.pause()
                 self._ended("")
                 return
             length = peeked.find(b"\0") + 1 or len(peeked)
-            # Not socket.recv_fds: it drops the flags that it is given (CPython 3.11), and with them close-on-exec.
-            data, beside, flags, _ = self._sock.recvmsg(length, socket.CMSG_SPACE(4 * MAX_FDS), socket.MSG_CMSG_CLOEXEC)
+            if flags & socket.MSG_CTRUNC:
+                self._fetch(length)
+                return
+            data = self._sock.recv(length)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self._drop(f"reading failed: {error.strerror}")
             return
-        fds = array.array("i")
-        for level, kind, content in beside:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(content[: len(content) // 4 * 4])
-        if problem := self._keep(data, fds.tolist(), flags):
+        self._read(Brought(data))
+
+    def _fetch(self, length: int) -> None:
+        """Have the porter read. Raises OSError when there is none."""
+        self._porters.of(self._uid).take(self._sock, length, self._fetched)
+        self.pause()
+        self._fetching = True
+        self._begin()
+
+    def _fetched(self, brought: Brought | None) -> None:
+        self._fetching = False
+        if self.closed:
+            let_go(self._loop, brought.fds if brought else [])
+        elif brought is None or brought.failed:
+            self._drop("what came beside its message could not be taken")
+        else:
+            self.resume()
+            self._read(brought)
+
+    def _read(self, brought: Brought) -> None:
+        if problem := self._keep(brought):
             self._drop(problem)
-        elif data.endswith(b"\0"):
-            message, taken = bytes(self._part[:-1]), self._fds
+        elif brought.data.endswith(b"\0"):
+            message, taken, refused = bytes(self._part[:-1]), self._fds, self._refused
             self._fds = []
             self._forget_part()
             self.pause()
-            self._received(message, taken)
+            self._received(message, taken, refused)
 
-    def _keep(self, data: bytes, fds: list[int], flags: int) -> str:
+    def _keep(self, brought: Brought) -> str:
         """What is wrong with it, '' for nothing."""
-        twice = bool(fds and self._fds)
-        self._fds += fds
-        self._part += data
-        if flags & socket.MSG_CTRUNC:
+        twice = bool((brought.fds or brought.refused) and (self._fds or self._refused))
+        self._fds += brought.fds
+        self._refused = self._refused or brought.refused
+        self._part += brought.data
+        if brought.lost:
             return "descriptors were lost: khod has too many open"
         if twice:
             return "descriptors in two parts of one message"
         if len(self._part) > self._longest:
             return f"a message of more than {self._longest} bytes"
-        if self._deadline is None:
-            self._deadline = self._loop.call_later(self._slow, self._drop, "a message was begun and not ended")
+        self._begin()
         return ""
+
+    def _begin(self) -> None:
+        """A message has begun, and is to end in time."""
+        if self._deadline is None:
+            self._deadline = self._loop.call_later(self._slow, self._is_late)
+
+    def _is_late(self) -> None:
+        untaken = "what came beside a message could not be taken in time"
+        self._drop(untaken if self._fetching else "a message was begun and not ended")
 
     async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send `data`, with borrowed descriptors beside it. One at a time.

@@ -123,8 +123,7 @@ class Holdings:
                 entry = await new_entry(self.machine, self.registry, self.drivers, self.settings, caller, asked, fds)
                 self.registry.add(entry)
             except BaseException:
-                for _, fd in fds:
-                    self.machine.files.close(fd)
+                await blocking(self._close, [fd for _, fd in fds])
                 raise
             try:
                 await blocking(self.book.deposit, entry)
@@ -138,6 +137,11 @@ class Holdings:
                 await self._let_go(entry)
                 raise
             return entry
+
+    def _close(self, fds: Sequence[int]) -> None:
+        """Blocks: the last descriptor of a memfd frees its memory."""
+        for fd in fds:
+            self.machine.files.close(fd)
 
     async def _registered(self, entry: Entry) -> views.RegisteredView:
         return views.RegisteredView(instance=await instance_view(self.machine, entry), handle=entry.handle)
@@ -153,8 +157,7 @@ class Holdings:
             for fd_name, number in fds:
                 taken.append((fd_name, await blocking(self.machine.processes.descriptor, pid, number)))
         except BaseException:
-            for _, fd in taken:
-                self.machine.files.close(fd)
+            await blocking(self._close, [fd for _, fd in taken])
             raise
         lasting = asked.lifetime is Lifetime.PERSISTENT
 

@@ -23,6 +23,8 @@ from khod.early.plan import read
 from khod.early.restore import Restore
 
 BACKLOG = 16
+SO_PASSRIGHTS = 83
+"""asm-generic/socket.h; Linux 6.16."""
 TYPE_CHECKING = False  # typing takes longer to import than all that is done here
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +58,11 @@ def main(marks: dict[str, int], word: int, say: Callable[[str], None]) -> None:
         except OSError as error:
             say(f"a module is not loaded: {error}")
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_NONBLOCK | _socket.SOCK_CLOEXEC)
+    try:
+        # Anybody can connect, and who let go of a descriptor that he sent might wait for him. Whom it serves sends none.
+        listener.setsockopt(_socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+    except OSError as error:
+        say(f"descriptors cannot be refused: {error}")
     listener.bind(protocol.EARLY)
     listener.listen(BACKLOG)
     keeper = Keeper(Table(MOST), Store("", 0), luo.DEVICE, "")

@@ -55,6 +55,14 @@ def khods_fds() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+@pytest.fixture(autouse=True)
+def _porter(request: pytest.FixtureRequest) -> None:
+    """The process that takes in what peers send is there before anything is counted: khod has a socket and a pidfd of it."""
+    if "khod" in request.fixturenames:
+        served = request.getfixturevalue("khod")
+        served.call(lambda: served.server.porters.of(os.geteuid()))
+
+
 def alive(khod: Served) -> bool:
     with connect(khod.path, timeout=10) as client:
         return client.status().state == "idle"
@@ -87,7 +95,7 @@ def test_what_is_no_object_ends_the_connection(khod: Served, message: bytes, cap
         pour(sock, message[1:] + b"\0")
         assert hung_up(sock)
     khod.until(lambda: khod.server.connections == 0)
-    assert khods_fds() == before
+    khod.until(lambda: khods_fds() == before)
     os.close(fd)
     assert "was ended: a message that is no JSON object" in caplog.text
     assert alive(khod)
@@ -197,6 +205,21 @@ def test_no_call_of_a_peer_that_is_gone_is_begun(khod: Served, client: Client) -
     assert image is not None and image.kernel == "first.bzImage"
 
 
+def test_descriptors_of_a_call_that_is_never_begun_are_closed(khod: Served, client: Client) -> None:
+    fd = os.memfd_create("x")
+    before = khods_fds()
+
+    async def ends_at_once() -> None:
+        (connection,) = khod.server._connections
+        connection._received(STATUS[:-1], [os.dup(fd)], "")
+        await khod.server.aclose()
+
+    client.status()
+    khod.run(ends_at_once())
+    khod.until(lambda: khods_fds() < before)
+    os.close(fd)
+
+
 def test_descriptors_that_cannot_be_taken_are_closed() -> None:
     class Full(FakeFiles):
         def adopt(self, real: int) -> int:
@@ -274,9 +297,11 @@ def test_a_full_table_of_descriptors_passes(khod: Served, monkeypatch: pytest.Mo
 
 def test_truncated_descriptors_are_noticed(khod: Served, client: Client) -> None:
     """An index beyond what arrived is the caller's error, not khod's."""
+    fd = os.memfd_create("x")
     client._sock.sendmsg(
         [b'{"method":"org.khod.Host.Register","parameters":{"name":"a","driver":"guestmemfd","fds":[{"name":"x","fd":1}]}}\0'],
-        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0]))],
+        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))],
     )
+    os.close(fd)
     with pytest.raises(InvalidRequest), client._answer():
         pass
