@@ -19,7 +19,6 @@ from khod.abi import kexec
 
 NR_REBOOT = 169
 NR_KEXEC_FILE_LOAD = 320
-NR_PIDFD_GETFD = 438
 """arch/x86/entry/syscalls/syscall_64.tbl."""
 
 PROT_READ = 1
@@ -75,11 +74,6 @@ def reboot_kexec() -> None:
         c_ulong(kexec.LINUX_REBOOT_CMD_KEXEC),
         c_void_p(None),
     )
-
-
-def pidfd_getfd(pidfd: int, fd: int) -> int:
-    """pidfd_getfd(2): a duplicate of the other process's descriptor, close-on-exec."""
-    return int(_syscall(c_long(NR_PIDFD_GETFD), c_int(pidfd), c_int(fd), c_ulong(0)))
 
 
 def syncfs(fd: int) -> None:

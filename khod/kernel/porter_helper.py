@@ -12,6 +12,9 @@ with a connection's descriptor beside it, which is closed here in the end. TAKE 
 none is. DROP does nothing else, and waits for GO: who sends a descriptor has it as long as he has not closed his, and the last
 one to close is to be this process. Each request is answered by an empty `REPLY` once all is closed: who hears none knows that
 this process waits for somebody.
+
+With the numbers of a process and of a descriptor there as arguments, that one is taken instead (pidfd_getfd(2)), and the answer
+is one `REPLY`: with the descriptor, the errno, or what the descriptor is that is not given on.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 
 TAKE, DROP, GO = 0, 1, 2
 REQUEST = struct.Struct("=IBI")
@@ -44,6 +48,8 @@ _ANONYMOUS = ("anon_inode:[kvm-gmem]", "anon_inode:[vfio-device]", "anon_inode:[
 """What no path is called that a file system gives: that begins with a slash (fs/d_path.c)."""
 _GUEST_MEMFD_MAGIC = 0x474D454D
 """linux/magic.h. FUSE has its own in fs/fuse/inode.c, whatever the server says."""
+_NR_PIDFD_GETFD = 438
+"""arch/x86/entry/syscalls/syscall_64.tbl."""
 _AT_EMPTY_PATH, _AT_STATX_DONT_SYNC, _STATX_TYPE = 0x1000, 0x4000, 1
 _STATX = struct.Struct("=28xH98xII120x")
 """struct statx of linux/stat.h, 256 bytes: u16 stx_mode at 28, u32 stx_rdev_major at 128 and stx_rdev_minor."""
@@ -148,12 +154,38 @@ def serve(channel: socket.socket) -> None:
             return
 
 
+def fetch(channel: socket.socket, pid: int, number: int) -> None:
+    """Another process's descriptor; then it is closed here, which may take for ever."""
+    try:
+        fd = _pidfd_getfd(os.pidfd_open(pid), number)
+    except OSError as error:
+        channel.send(REPLY.pack(0, error.errno or errno.EIO, 0))
+        return
+    if harmless(fd):
+        socket.send_fds(channel, [REPLY.pack(0, 0, 0)], [fd])
+    else:
+        text = _link(f"/proc/self/fd/{fd}")[:200].encode("utf-8", "replace")
+        channel.send(REPLY.pack(0, 0, len(text)) + text)
+    os.close(fd)
+
+
+def _pidfd_getfd(pidfd: int, number: int) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(ctypes.c_long(_NR_PIDFD_GETFD), pidfd, number, 0)
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "pidfd_getfd")
+    return int(fd)
+
+
 def main() -> None:
     """What may wait for ever is not what memory is kept free for."""
     with open("/proc/self/oom_score_adj", "w") as score:
         score.write("0")
     with socket.socket(fileno=0) as channel:
-        serve(channel)
+        if sys.argv[1:]:
+            fetch(channel, *map(int, sys.argv[1:]))
+        else:
+            serve(channel)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from khod.core.ports import Process
 from khod.core.refusals import refusal
-from khod.errors import KhodError
+from khod.errors import InvalidRequest, KhodError
 
 PF_KTHREAD = 0x00200000
 """include/linux/sched.h: the process is the kernel's own."""
@@ -32,16 +32,16 @@ class KernelProcesses:
 
     def descriptor(self, pid: int, fd: int) -> int:
         """See the port."""
-        from khod.kernel.libc import pidfd_getfd  # ctypes
+        from khod.kernel.fetching import KHOD_TAKES, fetch  # for most hosts never
 
-        try:
-            pidfd = os.pidfd_open(pid)
-            try:
-                return pidfd_getfd(pidfd, fd)
-            finally:
-                os.close(pidfd)
-        except OSError as e:
-            raise _refusal(e.errno or 0, pid, fd)
+        fetched = fetch(pid, fd)
+        if fetched.errno:
+            raise _refusal(fetched.errno, pid, fd)
+        if fetched.fd < 0:
+            raise InvalidRequest(
+                f"descriptor {fd} of process {pid} is {fetched.what!r}, which khod cannot keep", hint=f"khod takes {KHOD_TAKES}"
+            )
+        return fetched.fd
 
 
 def _refusal(number: int, pid: int, fd: int) -> KhodError:

@@ -2,9 +2,9 @@
 """A user who serves a file system himself (FUSE), hands a file of it to khod, and never answers again.
 
 Run as root with a directory, khod's socket and a message; its mount is in a mount namespace of its own. The message goes to
-khod with the file beside it. Standard output has a line for each thing that happens: ``answer`` and what khod said, and the
-number of each request of the kernel that stays without an answer. It ends when both its processes are killed: then the kernel
-lets everybody go on who waits for it.
+khod with the file beside it. Standard output has a line for each thing that happens: ``open`` and the number of the file's
+descriptor, ``answer`` and what khod said, and the number of each request of the kernel that stays without an answer. It ends
+when both its processes are killed: then the kernel lets everybody go on who waits for it. Without a message it keeps the file.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ def main() -> None:
         serve(device)
     os.close(device)
     file = os.open(f"{directory}/guest", os.O_RDWR)
+    print("open", file, flush=True)
+    if not message:
+        signal.pause()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.connect(path)
         socket.send_fds(sock, [message.encode() + b"\0"], [file])

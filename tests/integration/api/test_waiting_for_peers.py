@@ -19,7 +19,8 @@ import pytest
 from khod.api import porters
 from khod.api.client import connect
 from khod.config import Limits
-from khod.errors import Lost
+from khod.errors import InvalidRequest, Lost
+from khod.kernel.processes import KernelProcesses
 from tests.integration.api import silent_server
 from tests.integration.api.served import Served, served
 from tests.integration.api.silent_server import FLUSH
@@ -72,6 +73,7 @@ def register(khod: Served, name: str) -> None:
 
 def test_a_file_whose_server_is_silent_is_refused_and_nobody_else_waits(khod: Served, tmp_path: Path) -> None:
     with silent(khod, tmp_path) as process:
+        said(process, 1)
         lines = said(process, 2)
         (flush,) = [line for line in lines if not line.startswith("answer")]
         (answer,) = [json.loads(line.removeprefix("answer ")) for line in lines if line.startswith("answer")]
@@ -89,12 +91,21 @@ def test_a_file_whose_server_is_silent_is_refused_and_nobody_else_waits(khod: Se
 def test_khod_ends_while_a_file_is_being_closed(khod: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(porters, "FAREWELL", 0.1)
     with silent(khod, tmp_path) as process:
-        said(process, 2)
+        said(process, 3)
         waiting = khod.call(lambda: khod.server.porters.of(os.geteuid()).pid)
         khod.run(khod.server.aclose())
         assert len(khod.server.porters) == 1, "it is left behind"
         assert os.waitpid(waiting, os.WNOHANG) == (0, 0)
     assert os.waitpid(waiting, 0) == (waiting, 0), "it ends when it need not wait any longer"
+
+
+def test_a_file_is_not_taken_from_a_process_either(khod: Served, tmp_path: Path) -> None:
+    """By an administrator, whom it would make wait as well."""
+    with silent(khod, tmp_path, "") as process:
+        number = int(said(process, 1)[0].removeprefix("open "))
+        with pytest.raises(InvalidRequest, match=f"descriptor {number} of process {process.pid} is '.*theirs/guest'"):
+            KernelProcesses().descriptor(process.pid, number)
+        assert int(said(process, 1)[0]) == FLUSH, "it was taken, and somebody waits"
 
 
 @contextmanager

@@ -135,6 +135,8 @@ def test_a_descriptor_of_another_process() -> None:
         os.close(fd)
         with pytest.raises(InvalidRequest, match="no such descriptor"):
             processes.descriptor(child.pid, 999)
+        with pytest.raises(InvalidRequest, match=r"descriptor 0 of process \d+ is 'pipe:.*', which khod cannot keep"):
+            processes.descriptor(child.pid, 0)
         child.communicate()
     for pid in (child.pid, -1, 0):
         with pytest.raises(InvalidRequest, match="no such process"):
