@@ -210,22 +210,19 @@ class Connection:
         self._call.add_done_callback(lambda _: self._answered(array))
 
     def _answered(self, fds: FileDescriptorArray) -> None:
-        self._release(fds)
-        self._call = None
-        if self._said_all:
-            self.close()
-        else:
-            self._next()
-
-    def _release(self, fds: FileDescriptorArray) -> None:
-        """Let go of what nobody took."""
+        """Let go of what nobody took, and only then wait for the next call."""
         count, rest = len(fds), [descriptor.take() for descriptor in fds if descriptor]
         fds.release(self)
 
-        def done() -> None:
+        def closed() -> None:
             self._crowd.descriptors -= count
+            self._call = None
+            if self._said_all:
+                self.close()
+            else:
+                self._next()
 
-        let_go(self._loop, [real for real in rest if isinstance(real, int)], done)
+        let_go(self._loop, [real for real in rest if isinstance(real, int)], closed)
 
     async def _answer(self, message: bytes, fds: FileDescriptorArray, refused: str) -> None:
         asked: dict[str, Any] | None = None
