@@ -45,7 +45,7 @@ class Guest(Workload):
 
 guest = Guest()
 with Participant(guest, path=sys.argv[1] if sys.argv[1:] else "/run/khod/khod.sock") as khod:
-    answer = khod.claim("guest")
+    answer = khod.claim("guest", exclusive=True)
     match answer:
         case Hold(reason):
             sys.exit(f"the guest must not be started: {reason}")

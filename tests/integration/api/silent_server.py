@@ -63,8 +63,11 @@ def mount(directory: bytes, device: int) -> None:
 
 def main() -> None:
     directory, path, message = sys.argv[1:]
-    device = os.open("/dev/fuse", os.O_RDWR)
-    mount(directory.encode(), device)
+    try:
+        device = os.open("/dev/fuse", os.O_RDWR)
+        mount(directory.encode(), device)
+    except OSError as error:
+        sys.exit(f"no file system of a user's can be had: {error}")
     # Two processes: one that has a file of its own open, and is killed, waits for itself.
     if os.fork() == 0:
         serve(device)

@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -39,17 +39,19 @@ def khod(tmp_path: Path) -> Iterator[Served]:
 
 
 @contextmanager
-def silent(khod: Served, tmp_path: Path, message: str = REGISTER) -> Iterator[subprocess.Popen[str]]:
-    """Somebody who serves files himself, and has sent one of them."""
-    if os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("it takes root and /dev/fuse to have a file system of a user's")
+def silent(khod: Served, tmp_path: Path, message: str = REGISTER) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Somebody who serves files himself, and has sent one of them; and its number there."""
     (tmp_path / "theirs").mkdir()
     argv = [sys.executable, silent_server.__file__, str(tmp_path / "theirs"), str(khod.path), message]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
-            yield process
+            (opened,) = said(process, 1)
+            if not opened:
+                pytest.skip("it takes root, /dev/fuse and a mount to have a file system of a user's")
+            yield process, int(opened.removeprefix("open "))
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def said(process: subprocess.Popen[str], count: int) -> list[str]:
@@ -72,8 +74,7 @@ def register(khod: Served, name: str) -> None:
 
 
 def test_a_file_whose_server_is_silent_is_refused_and_nobody_else_waits(khod: Served, tmp_path: Path) -> None:
-    with silent(khod, tmp_path) as process:
-        said(process, 1)
+    with silent(khod, tmp_path) as (process, _):
         lines = said(process, 2)
         (flush,) = [line for line in lines if not line.startswith("answer")]
         (answer,) = [json.loads(line.removeprefix("answer ")) for line in lines if line.startswith("answer")]
@@ -90,8 +91,8 @@ def test_a_file_whose_server_is_silent_is_refused_and_nobody_else_waits(khod: Se
 
 def test_khod_ends_while_a_file_is_being_closed(khod: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(porters, "FAREWELL", 0.1)
-    with silent(khod, tmp_path) as process:
-        said(process, 3)
+    with silent(khod, tmp_path) as (process, _):
+        said(process, 2)
         waiting = khod.call(lambda: khod.server.porters.of(os.geteuid()).pid)
         khod.run(khod.server.aclose())
         assert len(khod.server.porters) == 1, "it is left behind"
@@ -101,8 +102,7 @@ def test_khod_ends_while_a_file_is_being_closed(khod: Served, tmp_path: Path, mo
 
 def test_a_file_is_not_taken_from_a_process_either(khod: Served, tmp_path: Path) -> None:
     """By an administrator, whom it would make wait as well."""
-    with silent(khod, tmp_path, "") as process:
-        number = int(said(process, 1)[0].removeprefix("open "))
+    with silent(khod, tmp_path, "") as (process, number):
         with pytest.raises(InvalidRequest, match=f"descriptor {number} of process {process.pid} is '.*theirs/guest'"):
             KernelProcesses().descriptor(process.pid, number)
         assert int(said(process, 1)[0]) == FLUSH, "it was taken, and somebody waits"
