@@ -65,7 +65,8 @@ class Door:
         """Accept no more. Again: no effect."""
         if self._sock.fileno() >= 0:
             self._suspend()
-            self._sock.close()
+            # Who has connected and was not let in may have sent something, and goes with the socket where that is ours alone.
+            self._porters.close_listener(self._sock)
 
     def _resume(self) -> None:
         self._pause = None

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import logging
 import os
+import select
 import socket
 import sys
 import termios
@@ -275,6 +276,17 @@ class Porters:
         if _carries_descriptors(sock):
             with suppress(OSError):
                 porter = self.of(uid)
+                porter.drop(sock.detach())
+                return
+        sock.close()
+
+    def close_listener(self, sock: socket.socket) -> None:
+        """Close a listening socket, which is consumed, and with it whoever waits there."""
+        waits = select.poll()
+        waits.register(sock, select.POLLIN)
+        if waits.poll(0):
+            with suppress(OSError):
+                porter = self.of(os.geteuid())
                 porter.drop(sock.detach())
                 return
         sock.close()

@@ -21,7 +21,7 @@ from khod.api.crowd import Crowd
 from khod.api.descriptors import Bridge
 from khod.api.door import Door
 from khod.api.host import HostInterface
-from khod.api.listening import listen
+from khod.api.listening import listen, pass_descriptors
 from khod.api.meeting import meet
 from khod.api.peers import Processes
 from khod.api.porters import Porters
@@ -75,6 +75,7 @@ class Server:
     ) -> None:
         self._service, self._files, self._rules = service, files, rules
         self._loop = asyncio.get_running_loop()
+        pass_descriptors(sock, True)  # systemd's may be as an earlier khod has left it
         self._shared = Shared(limits, Calls(), HangUps(self._loop), Audit(), Porters(lambda on: self._door.strict(on)))
         self._connections: set[Connection] = set()
         self._processes = processes or Processes(self._loop)

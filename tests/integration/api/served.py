@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,9 @@ class Served:
 
 
 @contextmanager
-def served(path: Path, rules: Sequence[Rule] = (), limits: Limits | None = None) -> Iterator[Served]:
+def served(
+    path: Path, rules: Sequence[Rule] = (), limits: Limits | None = None, listener: socket.socket | None = None
+) -> Iterator[Served]:
     """A fake khod at `path` for the length of the context; nothing it held may be left open."""
     here = Served(path)
     ready = threading.Event()
@@ -64,7 +67,7 @@ def served(path: Path, rules: Sequence[Rule] = (), limits: Limits | None = None)
         stop.append(lambda: _set(here.loop, end))
         here.files = FakeFiles()
         here.service = FakeService(here.files)
-        async with serve(here.service, here.files, path, rules=rules, limits=limits) as here.server:
+        async with serve(here.service, here.files, path, listener, rules=rules, limits=limits) as here.server:
             ready.set()
             await end.wait()
 

@@ -18,6 +18,7 @@ import pytest
 
 from khod.api import porters
 from khod.api.client import connect
+from khod.api.listening import listen, pass_descriptors
 from khod.config import Limits
 from khod.errors import InvalidRequest, Lost
 from khod.kernel.processes import KernelProcesses
@@ -190,6 +191,26 @@ def test_who_has_a_full_queue_sends_nothing_before_he_is_let_in(khod: Served, mo
             sock.close()
     khod.until(lambda: not khod.server.porters.full(os.geteuid()))
     assert khod.call(at_once)
+
+
+def test_a_socket_of_systemds_is_as_it_was_after_a_khod_that_ended_with_a_full_queue(tmp_path: Path) -> None:
+    path = tmp_path / "khod.sock"
+    theirs = listen(path)
+    pass_descriptors(theirs, False)
+    with served(path, listener=theirs) as khod:
+        register(khod, "a")
+
+
+def test_who_is_not_let_in_when_khod_ends_does_not_hold_it_up(khod: Served) -> None:
+    with lingering() as fd, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+
+        async def ends() -> None:
+            sock.connect(str(khod.path))
+            left(sock, b"", fd)
+            await khod.server.aclose()
+
+        khod.run(ends())
+        assert len(khod.server.porters) == 1, "it is left behind, with what is not closed yet"
 
 
 def test_a_user_has_one_porter_and_many_have_one_together(khod: Served, monkeypatch: pytest.MonkeyPatch) -> None:
