@@ -160,12 +160,19 @@ def _rule(number: int, given: Any) -> Rule:
 
 @dataclass(frozen=True, slots=True)
 class EarlyStart:
-    """An instance that the initrd starts (docs/initrd.md)."""
+    """A VMM that the initrd starts (docs/initrd.md)."""
 
     instance: str
     owner: str
     command: tuple[str, ...]
     files: tuple[str, ...]
+    also: tuple[str, ...]
+    """Other instances of the same owner's that it is given."""
+
+    @property
+    def instances(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.instance, *self.also)
 
 
 def _starts(value: Any) -> tuple[EarlyStart, ...]:
@@ -175,7 +182,7 @@ def _starts(value: Any) -> tuple[EarlyStart, ...]:
 
 
 def _start(number: int, given: Any) -> EarlyStart:
-    known = ("instance", "owner", "command", "files")
+    known = ("instance", "owner", "command", "files", "also")
     if not isinstance(given, dict):
         raise ValueError(f"start {number} is no mapping")
     if unknown := [key for key in given if key not in known]:
@@ -185,12 +192,14 @@ def _start(number: int, given: Any) -> EarlyStart:
         raise ValueError(f"start {number}: instance must be a name, and owner user:NAME or unit:NAME")
     if not owner.startswith(("user:", "unit:")):
         raise ValueError(f"start {number}: {owner!r} is no owner: user:NAME or unit:NAME")
-    command, files = _words(given.get("command")), _words(given.get("files", []))
+    command, files, also = (_words(given.get(key, [])) for key in ("command", "files", "also"))
     if not command or not command[0].startswith("/"):
         raise ValueError(f"start {number}: command must be a list, and begin with the absolute path of a program")
     if relative := [path for path in files if not path.startswith("/")]:
         raise ValueError(f"start {number}: {relative[0]!r} is relative")
-    return EarlyStart(instance, owner, command, files)
+    if len({instance, *also}) != 1 + len(also):
+        raise ValueError(f"start {number}: an instance is named twice")
+    return EarlyStart(instance, owner, command, files, also)
 
 
 def _words(value: Any) -> tuple[str, ...]:
@@ -297,9 +306,9 @@ class Initrd:
     start: tuple[EarlyStart, ...] = _setting((), STARTS, "Instances to start in it at once, each by a command of its own.")
 
     @property
-    def started(self) -> tuple[tuple[str, str], ...]:
-        """Owners and names of the instances that are started in it: nobody's where it is not used."""
-        return () if self.use == "none" else tuple((start.owner, start.instance) for start in self.start)
+    def started(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Owner and names of the instances of each VMM that is started in it: none where it is not used."""
+        return () if self.use == "none" else tuple((start.owner, start.instances) for start in self.start)
 
 
 @dataclass(frozen=True, kw_only=True)

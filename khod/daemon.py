@@ -166,7 +166,7 @@ def with_initrd(machine: Machine, configuration: config.Config) -> Machine:
     """The machine, with the restore stage in the initrd of each image where that is configured."""
     from khod.initrd.image import JumpImages
 
-    return replace(machine, kexec=JumpImages(machine.kexec, configuration.initrd, state_of(configuration)))
+    return replace(machine, kexec=JumpImages(machine.kexec, configuration, state_of(configuration)))
 
 
 def core_settings(configuration: config.Config) -> Settings:

@@ -57,7 +57,7 @@ def initrd(
     from khod.initrd.image import spec
     from khod.initrd.libraries import read
 
-    found = contents.members(spec(config.load(configuration).initrd, release))
+    found = contents.members(spec(config.load(configuration), release))
     if action is Action.ADD:
         size = _add(found, target)
     else:

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 
 from khod.core.blocking import blocking
-from khod.core.book import Page
+from khod.core.book import Book, Page
 from khod.core.callers import ENDED, Caller, Lifetime, Owner, Right
 from khod.core.driver import Declaration, Drivers, Request
 from khod.core.ports import F_SEAL_GROW, F_SEAL_SHRINK, Machine
@@ -239,6 +239,20 @@ def take_up(entry: Entry, page: Page) -> None:
     claimed = page.state is InstanceState.CLAIMED and entry.state is not InstanceState.WAITING
     if claimed or (entry.state is InstanceState.RESTORED and page.state.sound):
         entry.state = page.state
+
+
+async def enter(machine: Machine, book: Book, entry: Entry) -> None:
+    """Have the book speak of an instance that was restored: for the first time, or once more. Raises CustodyFull,
+    CustodianGone."""
+    page = book.contents.pages.get(entry.key)
+    if page is not None:
+        take_up(entry, page)
+    else:
+        entry.handle = new_handle()
+        entry.since = machine.clock.stamp().realtime
+    if entry.declaration.made:  # nothing else has them, and they are not made twice
+        await blocking(book.deposit, entry)
+    await blocking(book.put, entry)
 
 
 NOBODY_YET = "nobody yet: its client has to come back"

@@ -40,8 +40,8 @@ class Settings:
     """The least continuity that every instance must be given; an update that cannot is refused."""
     jump: str = "direct"
     """Who jumps: khod itself, or, 'systemd', PID 1 (decision 17)."""
-    early: tuple[tuple[str, str], ...] = ()
-    """Owner and name of each instance that the initrd is to start, where one is made that does."""
+    early: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Of each VMM that the initrd is to start, where one is made that does: the owner and the names of its instances."""
     orphans_after: float = 3600.0
     """Seconds after which what came through a jump and nobody claimed is reported."""
     reconnect: float = 60.0

@@ -15,7 +15,7 @@ from khod.core.book import Book
 from khod.core.driver import Drivers
 from khod.core.history import spans_of
 from khod.core.incoming import Incoming, from_journal, open_incoming, read_map, read_tree
-from khod.core.instances import new_handle, revive, take_up
+from khod.core.instances import enter, revive
 from khod.core.journal import Journal, Record
 from khod.core.ledger import Gaps, Ledger
 from khod.core.ports import Boot, Machine
@@ -190,7 +190,7 @@ class Startup:
         self.entries = [*others.values(), *restored]
         self.problems += restorer.verification.problems
         for entry in restored:
-            await self._take_up(entry)
+            await enter(self.machine, self.book, entry)
         for entry in restored:
             if entry.incoming in restorer.running:
                 resumed.take_up(entry, restorer.running[entry.incoming])
@@ -223,25 +223,13 @@ class Startup:
             self._note(State.RESTORED, problems=verification.problems)
         return State.RESTORED
 
-    async def _take_up(self, entry: Entry) -> None:
-        """What the book says of an instance that was restored once more; note one that was restored for the first time."""
-        page = self.book.contents.pages.get(entry.key)
-        if page is not None:
-            take_up(entry, page)
-        else:
-            entry.handle = new_handle()
-            entry.since = self.machine.clock.stamp().realtime
-        if entry.declaration.made:  # nothing else has them, and they are not made twice
-            await blocking(self.book.deposit, entry)
-        await blocking(self.book.put, entry)
-
     async def _take_custody(self, restorer: Restorer, incoming: Incoming, others: Mapping[Key, Entry]) -> State:
         """Decision 23: a verdict on khod's bookkeeping. Take what the tree names, or else the journal, and stop."""
         logger.error("restoring nothing by itself: %s", incoming.verdict)
         named = incoming.carried or from_journal(self._executing())
         taken = await restorer.take_custody(named)
         for entry in taken:
-            await self._take_up(entry)
+            await enter(self.machine, self.book, entry)
         self.entries = [*others.values(), *taken]
         self.problems.append(f"nothing was restored: {incoming.verdict}")
         self._note(State.FAILED, reason=incoming.verdict, instances=[e.label for e in self.entries])

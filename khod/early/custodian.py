@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 
 def main(marks: dict[str, int], word: int, say: Callable[[str], None]) -> None:
-    """Restore, let the boot go on by a byte to `word` (`NOBODY`: nobody was started), and serve until everything is taken over;
-    or, holding nothing, end."""
+    """Restore, let the boot go on by a word to `word` (`SOMEBODY` or `NOBODY`, `MORE`), and serve until everything is taken
+    over; or, holding nothing, end."""
     os.setsid()
     for number in (SIGHUP, SIGINT):
         _signal.signal(number, _signal.SIG_IGN)
@@ -72,7 +72,8 @@ def main(marks: dict[str, int], word: int, say: Callable[[str], None]) -> None:
         if not inherited:  # else this is the twin of the one that restored, and has what it had
             restore = Restore(keeper, plan, marks, say)
             restore.run()
-            os.write(word, b"+" if restore.began else rootfs.NOBODY)
+            said = rootfs.SOMEBODY if restore.began else rootfs.NOBODY
+            os.write(word, said + rootfs.MORE if restore.more else said)
             os.close(word)
         if not keeper.holds():
             server.end()

@@ -11,6 +11,8 @@ LAUNCHER = f"/{HOME}/init"
 LOADER = f"/{HOME}/ld.so"
 LIBRARIES = f"/{HOME}/lib"
 PROGRAM = f"/{HOME}/bin/python3"
+INTERPRETER = (LOADER, "--library-path", LIBRARIES, PROGRAM, "-I", "-S", "-B")
+"""The words that run it, before the path of what it is to run."""
 PLAN = f"/{HOME}/plan"
 MODULES = f"/{HOME}/modules"
 VMM = f"/{HOME}/vmm"

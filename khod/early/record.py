@@ -16,10 +16,15 @@ from __future__ import annotations
 
 import os
 
+TYPE_CHECKING = False  # typing takes longer to import than all that is done here
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
 DEPOSIT = "early"
 """Its name in custody."""
-MARKS = ("launched", "interpreter", "retrieved", "verified", "resumed")
-"""In the order of time: the launcher runs; the stage's first line; descriptors are there; compared; the VMM is started."""
+MARKS = ("launched", "interpreter", "retrieved", "drivers", "verified", "resumed")
+"""In the order of time: the launcher runs; the stage's first line; descriptors are there, or, where drivers have to do with
+them, `khod.driven` begins; compared; the VMM is started."""
 _HEAD = "khod-early 1"
 _MOST = 1 << 20
 
@@ -57,7 +62,12 @@ def begin() -> int:
 
 def note(fd: int, *words: object) -> None:
     """Add a line. One process at a time does."""
-    text = "\t".join(str(word).replace("\t", " ").replace("\n", " ") for word in words) + "\n"
+    note_all(fd, [words])
+
+
+def note_all(fd: int, lines: Iterable[Sequence[object]]) -> None:
+    """Add several, by one write."""
+    text = "".join("\t".join(str(w).replace("\t", " ").replace("\n", " ") for w in words) + "\n" for words in lines)
     os.pwrite(fd, text.encode("utf-8", "surrogateescape"), os.fstat(fd).st_size)
 
 

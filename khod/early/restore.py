@@ -39,6 +39,8 @@ class Restore:
         self._record = -1
         self.began = False
         """Whether anybody's VMM was begun to be started."""
+        self.more = False
+        """Whether there are some to be started by `khod.driven`, which drivers have to do with."""
 
     def run(self) -> None:
         """All of it. Raises nothing but what nobody thought of."""
@@ -74,13 +76,16 @@ class Restore:
         """Start what the plan names."""
         root = ""
         for start in self._plan.starts:
+            if start.also:
+                self.more = True
+                continue
             named = [one for one in found.instances if (one.owner, one.name) == (start.owner, start.name)]
             if not named:
                 self._say(f"{start.name} of {start.owner} did not come through, and is not started here")
                 continue
             try:
                 if not root:
-                    root = self._root()
+                    root = starting.prepare(os.access(paths.HOST_INIT, os.X_OK), self._say)
                 self._start(found, named[0], start.command, root)
             except Stopped as error:
                 self._say(f"{named[0].label} is not started here: {error}")
@@ -88,13 +93,6 @@ class Restore:
                 self._say(f"{named[0].label} is not started here: {refusal.text}")
             except (OSError, ValueError, folios.NoFolio) as error:
                 self._say(f"{named[0].label} is not started here: {error}")
-
-    def _root(self) -> str:
-        try:
-            starting.group()
-        except OSError as error:
-            self._say(f"no control group for what is started: {error}")
-        return starting.prepare(os.access(paths.HOST_INIT, os.X_OK))
 
     def _start(self, found: tree.Tree, one: tree.Instance, command: list[str], root: str) -> None:
         if one.why:
@@ -111,7 +109,7 @@ class Restore:
         self.began = True
         record.note(self._record, "start", *words, len(one.seen), one.checked)
         names = [one.names[n] for n in given]
-        why = starting.start(root, command, names, [fds[n] for n in given], one.clients, (self._record, words))
+        why = starting.start(root, command, names, [fds[n] for n in given], one.clients, (self._record, [words]))
         if why:
             raise Stopped(why)
         self._mark("resumed")

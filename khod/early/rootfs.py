@@ -15,8 +15,10 @@ MOVED = ("/dev", "/proc", "/sys")
 """What is taken along to the root file system."""
 INITS = ("/sbin/init", "/etc/init", "/bin/init", "/bin/sh")
 """What the kernel tries where ``init=`` says nothing."""
-NOBODY = b"-"
-"""What the custodian says when it has started nobody: then nobody runs from what is in the initrd."""
+SOMEBODY, NOBODY = b"+", b"-"
+"""What the custodian says first: whether it may have started somebody, who then runs from what is in the initrd."""
+MORE = b"*"
+"""What it says next if there are some to be started by `khod.driven`."""
 WAIT = 30.0
 """Seconds that the root's device may take to appear, unless ``rootwait`` says for ever."""
 TYPE_CHECKING = False  # typing takes longer to import than all that is done here

@@ -16,6 +16,9 @@ from khod.early import paths, rootfs, system
 
 PATIENCE = 120.0
 """Seconds that everything may take before the boot goes on without it."""
+FAREWELL = 5.0
+"""Seconds that a process which is killed may take to end."""
+KILL = 9
 MOUNTS = (("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys"))
 TYPE_CHECKING = False  # typing takes longer to import than all that is done here
 if TYPE_CHECKING:
@@ -60,17 +63,43 @@ def restore(marks: dict[str, int]) -> bool:
         finally:
             os._exit(1)
     os.close(theirs)
-    poll = select.poll()
-    poll.register(ours, select.POLLIN)
-    poll.register(os.pidfd_open(pid), select.POLLIN)
-    if not poll.poll(PATIENCE * 1000):
+    end = time.monotonic() + PATIENCE
+    if not _ends([ours, os.pidfd_open(pid)], PATIENCE):
         say(f"nothing is restored after {PATIENCE:g} s: the boot goes on, and khod goes on with what there is")
         return True
     os.set_blocking(ours, False)
     try:
-        return os.read(ours, 1) != rootfs.NOBODY
+        said = os.read(ours, 2)
     except BlockingIOError:  # its death was heard of first
         return True
+    runs = said[:1] != rootfs.NOBODY
+    return drive(end - time.monotonic()) or runs if rootfs.MORE in said else runs
+
+
+def drive(seconds: float) -> bool:
+    """Have khod.driven do its work, within so many seconds; whether it may have started anybody. Whatever it has not done by
+    then is khod's: that must not meet it, so it does not live on. Raises OSError where it cannot be begun."""
+    program = f"{__file__.rpartition('/early/')[0]}/driven.pyc"
+    argv = [*paths.INTERPRETER, program]
+    pid = os.posix_spawn(argv[0], argv, {"LANG": "C.UTF-8"})
+    lives = os.pidfd_open(pid)
+    if not _ends([lives], seconds):
+        say(f"the drivers are not done after {PATIENCE:g} s: the boot goes on, and khod begins anew with what is theirs")
+        os.kill(pid, KILL)
+        if not _ends([lives], FAREWELL):
+            return True  # in the kernel's hands, and does nothing any more
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status < 0:
+        say(f"the drivers ended by signal {-status}: khod begins anew with what is theirs")
+    return status != 0
+
+
+def _ends(fds: list[int], seconds: float) -> bool:
+    """Whether there is something to be heard from one of these in time."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return bool(poll.poll(max(seconds, 0) * 1000))
 
 
 def say(text: str) -> None:

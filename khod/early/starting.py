@@ -23,36 +23,45 @@ SURVIVE = "user.survive_final_kill_signal"
 SIGPIPE = 13
 FILES = 1024
 """Descriptors that a process may have open unless it asks for more, as systemd has it: some close all that they may have."""
+TYPE_CHECKING = False  # typing takes longer to import than all that is done here
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def prepare(clears: bool) -> str:
-    """Make the VMMs' root file system ready; its path. `clears`: whoever goes on with the boot clears the initrd away, so it
-    is copied to a file system of its own. Raises OSError."""
-    root = paths.VMM
+def prepare(clears: bool, say: Callable[[str], None]) -> str:
+    """Make the VMMs' root file system ready, and a control group for them; its path. `clears`: whoever goes on with the boot
+    clears the initrd away, so it is copied to a file system of its own. Done once, however often it is called. Raises
+    OSError."""
+    root = paths.STAYS if clears else paths.VMM
+    if os.access(f"{root}/proc/self", os.F_OK):
+        return root
+    try:
+        _group()
+    except OSError as error:
+        say(f"no control group for what is started: {error}")
     if clears:
         os.makedirs(paths.STAYS, exist_ok=True)
         system.mount("tmpfs", paths.STAYS, "tmpfs", options="mode=755")
-        _copy(root, paths.STAYS)
-        root = paths.STAYS
+        _copy(paths.VMM, paths.STAYS)
     for name, kind in (("dev", "devtmpfs"), ("proc", "proc"), ("sys", "sysfs")):
         os.makedirs(f"{root}/{name}", exist_ok=True)
         system.mount(kind, f"{root}/{name}", kind)
     return root
 
 
-def group() -> None:
-    """A control group for those that are started. Raises OSError."""
+def _group() -> None:
     system.mount("cgroup2", GROUPS, "cgroup2")
     os.makedirs(GROUP, exist_ok=True)
     os.setxattr(GROUP, SURVIVE, b"1")
 
 
 def start(
-    root: str, command: list[str], names: list[str], fds: list[int], clients: list[str], told: tuple[int, list[str]]
+    root: str, command: list[str], names: list[str], fds: list[int], clients: list[str], told: tuple[int, list[list[str]]]
 ) -> str:
     """Start a VMM with these descriptors, which are borrowed: '' when it runs, or why it does not. `told` is the record, and
-    the words that speak of it there. Raises OSError where no process could be made."""
+    the words that speak of each of its instances there. Raises OSError where no process could be made."""
     ours, theirs = os.pipe2(os.O_CLOEXEC)
     try:
         pid = os.fork()
@@ -67,10 +76,16 @@ def start(
 
 
 def _become(
-    root: str, command: list[str], names: list[str], fds: list[int], clients: list[str], told: tuple[int, list[str]], out: int
+    root: str,
+    command: list[str],
+    names: list[str],
+    fds: list[int],
+    clients: list[str],
+    told: tuple[int, list[list[str]]],
+    out: int,
 ) -> None:
     """In the new process: never returns."""
-    fd, words = told
+    fd, instances = told
     try:
         try:
             with open(f"{GROUP}/cgroup.procs", "w") as f:
@@ -103,11 +118,11 @@ def _become(
         _signal.signal(SIGPIPE, _signal.SIG_DFL)  # which Python ignores
         null = os.open("/dev/null", os.O_RDONLY)
         os.dup2(null, 0)
-        record.note(fd, "runs", *words, os.getpid(), since)
+        record.note_all(fd, [["runs", *words, os.getpid(), since] for words in instances])
         os.execve(command[0], command, environment)
     except BaseException as error:
         try:
-            record.note(fd, "failed", *words, str(error) or repr(error))
+            record.note_all(fd, [["failed", *words, str(error) or repr(error)] for words in instances])
             os.write(out, (str(error) or repr(error)).encode())
         finally:
             os._exit(127)

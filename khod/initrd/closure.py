@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``python -I -S closure.py DIRECTORY``: what the stage imports, to standard output, by marshal: for each module its name, the
-path of its source and its compiled code, or the path of its shared object and b''.
+"""``python -I -S closure.py DIRECTORIES [PLUGIN...]``: what the stage imports, and with plugins what `khod.driven` does, to
+standard output, by marshal: for each module its name, the path of its source and its compiled code, or the path of its shared
+object and b''. Directories have ":" between them.
 
 In a process of its own, since imports are followed by importing: what the stage does at its start is what it needs. And the
 same every time: what marshal writes depends on what else the interpreter has done.
@@ -13,15 +14,21 @@ import sys
 
 ROOTS = ("khod.early.stage", "khod.early.custodian", "encodings.ascii", "encodings.latin_1")
 """The two that are imported by name; and what the interpreter itself may ask for."""
+DRIVEN = ("khod.driven", "asyncio.threads", "concurrent.futures.thread")
+"""And what it imports when it comes to that."""
+WITHOUT = ("_hashlib", "_ssl")
+"""What hashlib and asyncio go without where it is not there: half of OpenSSL."""
 FLAGS = 1
 """Of a .pyc: its source is named by a hash, which nobody checks (PEP 552)."""
 
 
-def main(directory: str) -> None:
+def main(directories: str, *plugins: str) -> None:
     """Write them all."""
-    sys.path.insert(0, directory)
+    sys.path[:0] = directories.split(":")
     before = set(sys.modules)
-    for root in ROOTS:
+    for name in WITHOUT:
+        sys.modules[name] = None  # type: ignore[assignment]  # whoever imports it is told that it is not there
+    for root in (*ROOTS, *(DRIVEN if plugins else ()), *plugins):
         __import__(root)
     # What this module itself has imported is not for the stage.
     names = sorted(set(sys.modules) - (before & {"marshal"}) - {"__main__"})
@@ -50,4 +57,4 @@ def _compiled(path: str) -> bytes:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -9,15 +9,17 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
-from khod import early
 from khod.abi import cpio
 from khod.abi.cpio import Member
 from khod.early import paths, plan
 from khod.errors import InvalidRequest, MachineError
 from khod.initrd import closure, libraries, modules
 from khod.initrd.launcher import launcher
+from khod.plugin.manager import GROUP
 
 Members = dict[str, Member]
 
@@ -32,6 +34,8 @@ class Start:
     """With the program's absolute path."""
     files: tuple[str, ...] = ()
     """What the VMM needs beside its libraries: files, and directories with all that is in them."""
+    also: tuple[str, ...] = ()
+    """Other instances of the same owner's that it is given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,13 @@ class Spec:
     """Of the kernel that it is for; '' for the running one. Only its modules are looked up by it."""
     modules: tuple[str, ...] = ()
     starts: tuple[Start, ...] = field(default=())
+    restoring: tuple[float, int] = (120.0, 0)
+    """See `khod.early.plan.Plan`."""
+
+    @property
+    def driven(self) -> bool:
+        """Whether drivers have to do with any of them (`khod.driven`)."""
+        return any(start.also for start in self.starts)
 
 
 def members(spec: Spec) -> Members:
@@ -49,17 +60,17 @@ def members(spec: Spec) -> Members:
     found: Members = {"dev/console": cpio.characters(5, 1, 0o600), "dev/null": cpio.characters(1, 3, 0o666)}
     for empty in ("dev", "proc", "sys", "run", paths.MODULES.lstrip("/"), paths.VMM.lstrip("/")):
         found[empty] = cpio.directory()
-    stage = _interpreter(found)
+    plugins = installed() if spec.driven else []
+    stage = _interpreter(found, plugins)
     loaded = _modules(found, spec)
     for start in spec.starts:
         _vmm(found, start)
-    starts = [plan.Start(start.owner, start.instance, list(start.command)) for start in spec.starts]
+    starts = [plan.Start(start.owner, start.instance, list(start.command), list(start.also)) for start in spec.starts]
     try:
-        found[paths.PLAN.lstrip("/")] = cpio.file(plan.write(plan.Plan(loaded, starts)))
+        found[paths.PLAN.lstrip("/")] = cpio.file(plan.write(plan.Plan(loaded, starts, plugins, spec.restoring)))
     except ValueError as error:
         raise InvalidRequest(f"the initrd's plan: {error}")
-    words = [paths.LOADER, "--library-path", paths.LIBRARIES, paths.PROGRAM, "-I", "-S", "-B", stage]
-    found[paths.LAUNCHER.lstrip("/")] = cpio.file(launcher(words, paths.HOST_INIT), 0o755)
+    found[paths.LAUNCHER.lstrip("/")] = cpio.file(launcher([*paths.INTERPRETER, stage], paths.HOST_INIT), 0o755)
     return found
 
 
@@ -74,13 +85,20 @@ def archive(found: Members) -> bytes:
     return cpio.archive(found, paths.LAUNCHER.lstrip("/"))
 
 
-def _interpreter(found: Members) -> str:
-    """The interpreter, its libraries and the stage's modules; the stage's path. Raises MachineError, InvalidRequest."""
+def installed() -> list[tuple[str, str]]:
+    """The plugins of this host: their names, and what implements them."""
+    return sorted((entry.name, entry.value) for entry in entry_points(group=GROUP))
+
+
+def _interpreter(found: Members, plugins: Sequence[tuple[str, str]]) -> str:
+    """The interpreter, its libraries and the stage's modules, with plugins those too; the stage's path. Raises MachineError,
+    InvalidRequest."""
     program = os.path.realpath(sys.executable)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     library = f"{paths.HOME}/lib/{version}"
-    directory = Path(str(early.__file__)).parents[2]
-    argv = [program, "-I", "-S", str(closure.__file__), str(directory)]
+    implementing = [where.partition(":")[0] for _, where in plugins]
+    directories = dict.fromkeys([_home("khod"), *map(_home, implementing), *filter(os.path.isdir, sys.path)])
+    argv = [program, "-I", "-S", str(closure.__file__), ":".join(directories), *implementing]
     done = subprocess.run(argv, capture_output=True, check=False, timeout=120, env={"LANG": "C.UTF-8"})
     if done.returncode:
         raise MachineError(f"the stage cannot be imported by {program}: {done.stderr.decode(errors='replace')[-500:]}")
@@ -105,6 +123,14 @@ def _interpreter(found: Members) -> str:
         where = f"{paths.LIBRARIES}/{name}" if name else paths.LOADER
         found[where.lstrip("/")] = cpio.file(libraries.read(path), 0o755)
     return f"/{library}/khod/early/stage.pyc"
+
+
+def _home(module: str) -> str:
+    """The directory that a module is found in."""
+    package = find_spec(module.partition(".")[0])
+    if package is None or package.origin is None:
+        raise MachineError(f"the plugin {module!r} is installed, and cannot be found")
+    return str(Path(package.origin).parents[1 if package.submodule_search_locations else 0])
 
 
 def _modules(found: Members, spec: Spec) -> list[str]:

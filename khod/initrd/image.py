@@ -12,7 +12,7 @@ from khod.early import paths
 from khod.errors import FormatError, InvalidRequest, MachineError, Refused
 
 if TYPE_CHECKING:
-    from khod.config import Initrd
+    from khod.config import Config
     from khod.initrd.contents import Spec
 
 NONE, BUILD, HOST = "none", "build", "host"
@@ -25,22 +25,23 @@ _WORD = f"rdinit={paths.LAUNCHER}"
 class JumpImages:
     """`Kexec`, by another one. Where an initrd is built, that takes a second in the call of `open`."""
 
-    def __init__(self, inner: Kexec, settings: Initrd, directory: Path) -> None:
-        self._inner, self._settings, self._directory = inner, settings, directory
+    def __init__(self, inner: Kexec, configuration: Config, directory: Path) -> None:
+        self._inner, self._configuration, self._directory = inner, configuration, directory
 
     def open(self, kernel: str, initrd: str = "", cmdline: str | None = None) -> Image:
         """See the port. Raises Refused as well, for a host whose root file system takes a program to find and whose own initrd
         is not named; and what building raises."""
         words = without_stage(self._inner.running_cmdline() if cmdline is None else cmdline)
-        if self._settings.use == NONE:
+        use = self._configuration.initrd.use
+        if use == NONE:
             return self._inner.open(kernel, initrd, words if cmdline is None else cmdline)
-        if self._settings.use == HOST and not initrd:
+        if use == HOST and not initrd:
             raise Refused(
                 "no initrd is named, and the host's own is to hold the restore stage", hint="khoctl load KERNEL --initrd PATH"
             )
-        if self._settings.use == HOST:
+        if use == HOST:
             _check_stage(initrd)
-        if self._settings.use == BUILD:
+        if use == BUILD:
             initrd = self._build(kernel, initrd, words)
         return self._inner.open(kernel, initrd, with_stage(words))
 
@@ -56,7 +57,7 @@ class JumpImages:
                 hint="name the host's own initrd: --initrd PATH",
             )
         self._inner.release(self._inner.open(kernel, behind, cmdline))  # what is wrong with these is said first
-        data = build(spec(self._settings, _release(kernel)), read(behind) if behind else b"")
+        data = build(spec(self._configuration, _release(kernel)), read(behind) if behind else b"")
         target, made = self._directory / FILE, self._directory / f"{FILE}.new"
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -92,12 +93,14 @@ class JumpImages:
         self._inner.execute()
 
 
-def spec(settings: Initrd, release: str = "") -> Spec:
+def spec(configuration: Config, release: str = "") -> Spec:
     """What an initrd is to hold by the configuration."""
     from khod.initrd.contents import Spec, Start
 
-    starts = [Start(instance=s.instance, owner=s.owner, command=s.command, files=s.files) for s in settings.start]
-    return Spec(release=release, modules=settings.modules, starts=tuple(starts))
+    settings, deadlines = configuration.initrd, configuration.deadlines
+    starts = [Start(instance=s.instance, owner=s.owner, command=s.command, files=s.files, also=s.also) for s in settings.start]
+    restoring = deadlines.restoring, deadlines.carry_rate
+    return Spec(release=release, modules=settings.modules, starts=tuple(starts), restoring=restoring)
 
 
 def _check_stage(initrd: str) -> None:

@@ -24,15 +24,18 @@ from khod.kernel.store import FileStore
 from khod.kernel.systemd import Systemd
 
 
-def machine(state_directory: Path, *, device_timeout: float = BUSY_PATIENCE, begin: bool = False) -> Machine:
+def machine(
+    state_directory: Path, *, device_timeout: float = BUSY_PATIENCE, begin: bool = False, custodian: str = ""
+) -> Machine:
     """The running machine, with its journal in `state_directory`, which is made when it is first written to.
 
     A device that somebody else has open is tried again for `device_timeout` seconds. Where systemd does not watch over us, it
     does not over a custodian either: the first call that needs one starts it, if there is none, or, with `begin`, this one.
+    `custodian` is the address of another than the host's, which is there.
     """
     # sd_booted(3) as well: others than systemd listen for READY=1.
     supervised = "NOTIFY_SOCKET" in os.environ and Path("/run/systemd/system").is_dir()
-    custody = KernelCustody(start=not supervised)
+    custody = KernelCustody(custodian) if custodian else KernelCustody(start=not supervised)
     if begin:
         custody.begin()
     memory = KernelMemory()

@@ -310,18 +310,21 @@ def test_a_configuration_may_lie_beside_the_image(world: World) -> None:
 
 def test_what_the_initrd_is_to_start_and_will_not_is_said_before(world: World) -> None:
     async def scenario() -> None:
-        names = ("vm-1", "shared", "needy", "gone")
-        world.settings = replace(world.settings, early=tuple(("user:root", name) for name in names))
+        groups = (("vm-1",), ("shared",), ("needy",), ("gone",), ("other", "needs-other"), ("half", "vm-1"))
+        world.settings = replace(world.settings, early=tuple(("user:root", names) for names in groups))
         await world.khod()
         memory = world.memory()
         await world.register("vm-1", memory, shareable=True)
         await world.register("shared", memory, shareable=True)
         await world.register("needy", world.memory(), requires=["vm-1"])
+        await world.register("other", world.memory())
+        await world.register("needs-other", world.memory(), requires=["other"])
+        await world.register("half", world.memory(), requires=["vm-1", "other"])
         await world.host.load(str(world.image))
         found = {name: c.evidence for name, c in (await checks(world)).items() if name.startswith("early:")}
-        assert set(found) == {"early:shared", "early:needy", "early:gone of user:root"}
-        assert "shares a file" in found["early:shared"]
-        assert "requires another" in found["early:needy"]
+        assert set(found) == {"early:shared", "early:needy", "early:gone of user:root", "early:half"}
+        for name, needed in (("shared", "vm-1"), ("needy", "vm-1"), ("half", "other")):
+            assert f"needs {needed}, which is not started with it" in found[f"early:{name}"]
         assert "not registered" in found["early:gone of user:root"]
         assert (await world.jump()).state is State.RESTORED, "a warning stops nothing"
 

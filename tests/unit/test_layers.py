@@ -21,7 +21,7 @@ LAYERS = [
     {"api", "inspect", "initrd"},
     {"client"},
     {"supervision"},
-    {"daemon", "demo", "rehearsal"},
+    {"daemon", "demo", "driven", "rehearsal"},
     {"cli"},
 ]
 """Lowest first. Modules of one row do not import each other."""

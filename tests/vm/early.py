@@ -26,14 +26,16 @@ def program(source: Path, host: Host, path: str) -> None:
     host.run("sh", "-c", f"base64 -d >{path} && chmod 755 {path}", input=content)
 
 
-def configured(host: Host, use: str = "build", *, files: Sequence[str] = (), first: Path | None = None) -> None:
+def configured(
+    host: Host, use: str = "build", *, files: Sequence[str] = (), first: Path | None = None, also: Sequence[str] = ()
+) -> None:
     """khod, with the instance "guest" to be started in the initrd, which holds these files as well; `first` is the source of
-    the first of them."""
+    the first of them. `also`: instances that are started with it."""
     program(HERE / "programs" / "vmm.c", host, VMM)
     if first is not None:
         program(first, host, files[0])
     own = host.run("cat", "/etc/khod/khod.yaml").out
-    start = f"{{instance: guest, command: [{VMM}, '{SIZE}'], files: {list(files)}}}"
+    start = f"{{instance: guest, command: [{VMM}, '{SIZE}'], files: {list(files)}, also: {list(also)}}}"
     host.write("/etc/khod/khod.yaml", f"{own}initrd:\n  use: {use}\n  start:\n  - {start}\n")
     host.run("systemctl", "restart", "khod.service")
 
@@ -43,6 +45,15 @@ def guest(host: Host, name: str, *, enabled: bool) -> None:
     host.programs("guest")
     unit = GUEST.replace("programs.guest guest", f"programs.guest {name}")
     host.unit(f"{name}.service", unit if enabled else unit.partition("[Install]")[0])
+
+
+def device_guest(host: Host) -> None:
+    """A guest with a device, by the instances "guest", "mappings" and "edu"; not started at a boot."""
+    host.programs("device", "device_guest", "guest")
+    unit = GUEST.replace("programs.guest guest", "programs.device_guest guest").replace(
+        "[Service]", "[Service]\nLimitMEMLOCK=infinity"
+    )
+    host.unit("guest.service", unit.partition("[Install]")[0])
 
 
 def update(host: Host, initrd: str = "") -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from khod.rehearsal.tsc import host_tsc_khz
 from tests.vm import early
+from tests.vm.conftest import IOMMU
 from tests.vm.host import KERNEL, Host
 from tests.vm.kernel import kernel_directory
 from tests.vm.programs.sabotage import POINTS
@@ -47,6 +48,31 @@ def test_a_guest_runs_before_the_init_through_two_updates(boot: type[Host]) -> N
             assert sum(rows[name] for name in stages) < blackout
             assert "guest runs" in host.run("sh", "-c", "dmesg | grep khod-initrd").out
         claimed_by_its_unit(host, runs["pid"])
+
+
+def test_a_guest_with_a_device_runs_before_the_init_through_two_updates(boot: type[Host]) -> None:
+    with boot(cmdline=("intel_iommu=on",), qemu=IOMMU) as host:
+        early.configured(host, also=("mappings", "edu"))
+        early.device_guest(host)
+        for _ in range(2):
+            early.update(host)
+            runs = host.record("runs").facts
+            assert runs["equal"], runs
+            assert runs["dma"], "the device reads and writes by the IOVAs of the old kernel, before there is an init"
+            assert runs["names"] == "ram:mappings/table:mappings/iommufd:edu/device"
+            host.booted()
+            instances = json.loads(host.run("khoctl", "instances", "--json").out)
+            assert {(one["name"], one["state"], one["problem"]) for one in instances} == {
+                (name, "claimed", "") for name in ("guest", "mappings", "edu")
+            }
+            held = host.run("khoctl", "claim", "edu", "--", "true", status=8)
+            assert f"process {runs['pid']}" in held.err
+            (last,) = json.loads(host.run("khoctl", "history", "--json").out)[:1]
+            rows = {row["phase"]: row["seconds"] for row in last["spans"]}
+            assert {f"initrd: {name}" for name in ("interpreter", "drivers", "verified", "resumed")} <= set(rows)
+            print({name: seconds for name, seconds in rows.items() if name.startswith(("initrd", "blackout"))})
+            assert not last["problems"]
+            assert "guest runs, with mappings, edu" in host.run("sh", "-c", "dmesg | grep khod-initrd").out
 
 
 VMM_UNIT = f"""

@@ -238,24 +238,28 @@ def read(image: Image) -> Target:
 
 
 def _late(settings: Settings, entries: Sequence[Entry]) -> dict[str, str]:
-    """What the restore stage will find against starting an instance (`khod.early.tree.Instance`)."""
+    """What the restore stage will find against starting an instance (`khod.early.tree.Instance`, `khod.driven`)."""
     known = {(str(entry.owner), entry.name): entry for entry in entries}
     found = {}
-    for owner, name in settings.early:
-        entry = known.get((owner, name))
-        if entry is None:
-            found[f"{name} of {owner}"] = "it is not registered"
-        elif entry.grade is Grade.OPAQUE:
-            found[entry.label] = "its contents are its owner's"
-        elif entry.shares:
-            found[entry.label] = "it shares a file with another instance"
-        elif entry.declaration.made:
-            found[entry.label] = "its driver makes descriptors of it anew"
-        elif entry.requires:
-            found[entry.label] = "it requires another instance"
-        elif settings.full:
-            found[entry.label] = "every byte of it is to be compared"
+    for owner, names in settings.early:
+        for name in names:
+            entry = known.get((owner, name))
+            why = "it is not registered" if entry is None else _late_one(settings, entry, names)
+            if why:
+                found[f"{name} of {owner}" if entry is None else entry.label] = why
     return found
+
+
+def _late_one(settings: Settings, entry: Entry, group: Sequence[str]) -> str:
+    """`group`: all instances that are started together."""
+    alone = len(group) == 1
+    if entry.grade is Grade.OPAQUE:
+        return "its contents are its owner's"
+    if others := sorted({name for owner, name in entry.needs if owner != entry.owner or name not in group}):
+        return f"it needs {', '.join(others)}, which is not started with it (`also`)"
+    if alone and entry.declaration.made:
+        return "its driver makes descriptors of it anew, and it is started alone (`also`)"
+    return "every byte of it is to be compared" if alone and settings.full else ""
 
 
 def _huge(machine: Machine, entries: Sequence[Entry]) -> int:

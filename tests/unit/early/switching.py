@@ -47,8 +47,8 @@ def main() -> None:
     memory, notes = os.memfd_create("ram"), record.begin()
     words = ["user:root", "vm-1", "khod.u.1"]
     record.note(notes, "start", *words, 0, 0)
-    where = starting.prepare(clears=True)
-    if why := starting.start(where, ["/bin/sh", "-c", SEES], ["ram"], [memory], [], (notes, words)):
+    where = starting.prepare(clears=True, say=lambda text: None)
+    if why := starting.start(where, ["/bin/sh", "-c", SEES], ["ram"], [memory], [], (notes, [words])):
         sys.exit(why)
     told(memory, b"old")
     if not os.pread(memory, 100, 0).startswith(b"1024\n"):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from khod import early
 from khod.early import paths, restore
 from khod.initrd import closure, contents
 from khod.initrd.contents import Spec, Start
@@ -98,6 +99,29 @@ def test_the_end_of_the_child(root: Path, tmp_path: Path, says: str) -> None:
     patched.write_text(f"{Path(str(restore.__file__)).read_text()}\nimport os as _os\n{says}\n")
     found.write_bytes(closure._compiled(str(patched)))
     assert boot(root) == WENT_ON
+
+
+@pytest.mark.parametrize(
+    ("does", "first"),
+    [
+        ("print('the drivers', flush=True)", "the drivers\n"),
+        ("print('begun', flush=True); os.kill(os.getpid(), 9)", "begun\n"),
+        ("print('begun', flush=True); signal.pause()", "begun\n"),
+        ("", ""),
+    ],
+)
+def test_the_boot_goes_on_when_the_drivers_are_done_dead_or_late(root: Path, tmp_path: Path, does: str, first: str) -> None:
+    (library,) = root.glob("khod/lib/python*/khod")
+    written = tmp_path / "written.py"
+    there_are_some = "\nRestore.run = lambda self: setattr(self, 'more', True)\n"
+    for name, more in (("restore", there_are_some), ("stage", "")):
+        source = (Path(str(early.__file__)).parent / f"{name}.py").read_text()
+        written.write_text(source.replace("PATIENCE = 120.0", "PATIENCE = 5.0") + more)
+        (library / "early" / f"{name}.pyc").write_bytes(closure._compiled(str(written)))
+    if does:
+        written.write_text(f"import os, _signal as signal\n{does}\n")
+        (library / "driven.pyc").write_bytes(closure._compiled(str(written)))
+    assert boot(root).startswith(first + WENT_ON)
 
 
 def test_without_a_loader(root: Path) -> None:

@@ -59,11 +59,14 @@ def test_a_tree_that_is_damaged_is_left_to_khod() -> None:
 
 
 def test_the_plan_there_and_back() -> None:
-    written = plan.write(Plan(["/khod/modules/000-vfio.ko"], [Start("unit:vmm@a.service", "a", ["/bin/vmm", "--x", ""])]))
+    starts = [Start("unit:vmm@a.service", "a", ["/bin/vmm", "--x", ""]), Start("user:root", "b", ["/bin/b"], ["nic", "iommu"])]
+    written = plan.write(Plan(["/khod/modules/000-vfio.ko"], starts, [("vfio", "khod_vfio:plugin")], (1.5, 1 << 27)))
     found = plan.read(written)
     assert found.modules == ["/khod/modules/000-vfio.ko"]
-    assert [(s.owner, s.name, s.command) for s in found.starts] == [("unit:vmm@a.service", "a", ["/bin/vmm", "--x", ""])]
-    for wrong in (b"", b"khod-plan 2\n", b"khod-plan 1\nstart\ta\n", b"khod-plan 1\nmodule\n"):
+    assert (found.plugins, found.restoring) == ([("vfio", "khod_vfio:plugin")], (1.5, 1 << 27))
+    for before, now in zip(starts, found.starts, strict=True):
+        assert [getattr(before, name) for name in Start.__slots__] == [getattr(now, name) for name in Start.__slots__]
+    for wrong in (b"", b"khod-plan 2\n", b"khod-plan 1\nstart\ta\n", b"khod-plan 1\nmodule\n", b"khod-plan 1\nalso\ta\n"):
         with pytest.raises(ValueError, match="plan"):
             plan.read(wrong)
 

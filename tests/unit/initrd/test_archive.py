@@ -143,6 +143,27 @@ def test_what_is_in_it_runs_by_itself(tmp_path: Path) -> None:
     assert (start.owner, start.name, start.command) == ("user:root", "vm-1", ["/bin/sh", "-c", "exit 7"])
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="chroot is root's")
+def test_with_several_instances_there_are_the_drivers_and_nothing_of_openssl(tmp_path: Path) -> None:
+    alone, several = (Start(instance="vm-1", command=("/bin/true",), also=also) for also in ((), ("edu", "mappings")))
+    assert not any("khod/core" in name for name in contents.members(Spec(starts=(alone,))))
+    found = contents.members(Spec(starts=(several,), restoring=(7.5, 1 << 20)))
+    assert not any("crypto" in name or "numpy" in name or "/rich/" in name for name in found)
+    unpacked(contents.archive(found), tmp_path)
+    code = (
+        "import asyncio, sys; from khod import driven; from khod.core.blocking import blocking; from khod.early import plan;"
+        "wanted = plan.read(open('/khod/plan', 'rb').read());"
+        "print(*driven.plugins(wanted).names(), *wanted.restoring, *wanted.starts[0].also, asyncio.run(blocking(len, 'four')))"
+    )
+    argv = ["chroot", tmp_path, *paths.INTERPRETER, "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.stdout == "guestmemfd iommu vfio 7.5 1048576 edu mappings 4\n", done.stderr
+    # Where nobody serves it starts nobody, and says so to whoever waits for it.
+    (program,) = tmp_path.glob("khod/lib/python*/khod/driven.pyc")
+    done = subprocess.run(["chroot", tmp_path, *paths.INTERPRETER, f"/{program.relative_to(tmp_path)}"], check=False)
+    assert done.returncode == 1
+
+
 @pytest.mark.parametrize(
     ("start", "says"),
     [

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from khod.abi import cpio
-from khod.config import Initrd
+from khod.config import Config, Initrd
 from khod.core.ports import Kexec
 from khod.early import paths
 from khod.errors import InvalidRequest, NotAKernel, Refused
 from khod.initrd import contents
-from khod.initrd.image import FILE, JumpImages, with_stage, without_stage
+from khod.initrd.image import FILE, JumpImages, spec, with_stage, without_stage
 from khod.kernel.kexec import KernelKexec
 from khod.simulated.image import build
 
@@ -36,7 +36,7 @@ def packed(early: bytes, files: dict[str, bytes]) -> bytes:
 
 
 def images(use: str, tmp_path: Path) -> Kexec:
-    return JumpImages(KernelKexec(), Initrd(use=use), tmp_path / "state")
+    return JumpImages(KernelKexec(), Config(initrd=Initrd(use=use)), tmp_path / "state")
 
 
 def test_words_of_the_init_stay_the_last() -> None:
@@ -60,7 +60,7 @@ def test_built_in_front_of_the_hosts_own(tmp_path: Path, kernel: str) -> None:
     image = kexec.open(kernel, str(own), "root=UUID=1 -- single")
     assert image.cmdline == f"root=UUID=1 {STAGE} -- single"
     built = Path(image.initrd).read_bytes()
-    assert built == contents.build(contents.Spec(release="7.3.0")) + b"the host's own"
+    assert built == contents.build(spec(Config(), "7.3.0")) + b"the host's own"
     assert image.size == len(built) + Path(kernel).stat().st_size
     again = kexec.open(kernel, str(own), image.cmdline)
     assert again.cmdline == image.cmdline, "named once"

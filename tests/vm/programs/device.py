@@ -35,8 +35,13 @@ def cold(khod: Participant) -> None:
     ram = os.memfd_create("ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | 0x10)  # MFD_EXEC
     os.ftruncate(ram, SIZE)
     khod.register("ram", {"ram": ram}, lifetime="process")
+    attach(khod, "ram", ram, 0, SIZE)
+
+
+def attach(khod: Participant, instance: str, ram: int, offset: int, length: int) -> None:
+    """Let the device at a part of an instance's memory."""
     iommu = Iommu.create()
-    iommu.map(IOVA, SIZE, "ram", "ram", ram)
+    iommu.map(IOVA, length, instance, "ram", ram, offset)
     khod.register("mappings", iommu.fds, driver="iommu", lifetime="process")
     devices.override(edu())
     device = devices.open_device(edu())

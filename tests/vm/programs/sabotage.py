@@ -54,7 +54,7 @@ POINTS = {
 
 def main() -> None:
     what, path = sys.argv[1], Path(sys.argv[2])
-    settings = spec(config.load().initrd)
+    settings = spec(config.load())
     found = contents.members(settings)
     if POINTS[what]:
         (name,) = (name for name in found if name.endswith("khod/early/restore.pyc"))
