@@ -97,8 +97,9 @@ def khod_describe(instance: Instance) -> Mapping[str, str]:  # type: ignore[empt
 def khod_restore(instance: Instance) -> Mapping[str, int] | None:
     """Make it whole in the new kernel: all descriptors are retrieved, its sample of frames and bytes is verified.
 
-    Instances that it requires are restored already. Called once for each jump, and not again when khod is restarted. Returns
-    the descriptors that are made anew, by the names in `Declaration.made`; they are khod's from then on. Raising marks it
+    Instances that it requires are restored already. Called once for each jump, and not again when khod is restarted; but
+    again when it failed in the initrd, or its process was killed there, and all that it had open is closed. Returns the
+    descriptors that are made anew, by the names in `Declaration.made`; they are khod's from then on. Raising marks it
     damaged: it is kept, and not handed out.
     """
 

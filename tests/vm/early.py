@@ -47,13 +47,12 @@ def guest(host: Host, name: str, *, enabled: bool) -> None:
     host.unit(f"{name}.service", unit if enabled else unit.partition("[Install]")[0])
 
 
-def device_guest(host: Host) -> None:
-    """A guest with a device, by the instances "guest", "mappings" and "edu"; not started at a boot."""
+def device_guest(host: Host, *, enabled: bool) -> None:
+    """A guest with a device, by the instances "guest", "mappings" and "edu"; see `guest`."""
     host.programs("device", "device_guest", "guest")
-    unit = GUEST.replace("programs.guest guest", "programs.device_guest guest").replace(
-        "[Service]", "[Service]\nLimitMEMLOCK=infinity"
-    )
-    host.unit("guest.service", unit.partition("[Install]")[0])
+    unit = GUEST.replace("programs.guest guest", "programs.device_guest guest")
+    unit = unit.replace("[Service]", "[Service]\nLimitMEMLOCK=infinity")
+    host.unit("guest.service", unit if enabled else unit.partition("[Install]")[0])
 
 
 def update(host: Host, initrd: str = "") -> None:

@@ -12,7 +12,7 @@ from tests.vm import early
 from tests.vm.conftest import IOMMU
 from tests.vm.host import KERNEL, Host
 from tests.vm.kernel import kernel_directory
-from tests.vm.programs.sabotage import POINTS
+from tests.vm.programs.sabotage import DRIVERS, POINTS
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
@@ -53,7 +53,7 @@ def test_a_guest_runs_before_the_init_through_two_updates(boot: type[Host]) -> N
 def test_a_guest_with_a_device_runs_before_the_init_through_two_updates(boot: type[Host]) -> None:
     with boot(cmdline=("intel_iommu=on",), qemu=IOMMU) as host:
         early.configured(host, also=("mappings", "edu"))
-        early.device_guest(host)
+        early.device_guest(host, enabled=False)
         for _ in range(2):
             early.update(host)
             runs = host.record("runs").facts
@@ -190,3 +190,24 @@ def test_whatever_is_wrong_in_the_stage_the_guest_is_restored_on_the_root_file_s
                 assert "state        restored" in status or "idle" in status
                 if what == "short":
                     used(host, "host")
+
+
+@pytest.mark.full  # a boot for each
+def test_whatever_becomes_of_the_drivers_the_guest_and_its_device_come_through(boot: type[Host]) -> None:
+    with boot(deadline=850, cmdline=("intel_iommu=on",), qemu=IOMMU) as host:
+        early.configured(host, "host", also=("mappings", "edu"))
+        host.programs("sabotage")
+        early.device_guest(host, enabled=True)
+        for what in DRIVERS:
+            sabotaged(host, what)
+            if what == "driven-runs":
+                runs = host.record("runs").facts
+                assert runs["equal"], what
+                assert runs["dma"], what
+                assert "runs already" in host.record("hold").facts["reason"]
+            else:
+                held = host.record("held").facts
+                assert (held["equal"], held["master"]) == (True, True), what
+                host.booted()
+                status = host.run("khoctl", "status").out
+                assert "state        restored" in status or "idle" in status

@@ -155,13 +155,12 @@ def test_with_several_instances_there_are_the_drivers_and_nothing_of_openssl(tmp
         "wanted = plan.read(open('/khod/plan', 'rb').read());"
         "print(*driven.plugins(wanted).names(), *wanted.restoring, *wanted.starts[0].also, asyncio.run(blocking(len, 'four')))"
     )
-    argv = ["chroot", tmp_path, *paths.INTERPRETER, "-c", code]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    inside = ["chroot", str(tmp_path), *paths.INTERPRETER]
+    done = subprocess.run([*inside, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "guestmemfd iommu vfio 7.5 1048576 edu mappings 4\n", done.stderr
     # Where nobody serves it starts nobody, and says so to whoever waits for it.
     (program,) = tmp_path.glob("khod/lib/python*/khod/driven.pyc")
-    done = subprocess.run(["chroot", tmp_path, *paths.INTERPRETER, f"/{program.relative_to(tmp_path)}"], check=False)
-    assert done.returncode == 1
+    assert subprocess.run([*inside, f"/{program.relative_to(tmp_path)}"], check=False).returncode == 1
 
 
 @pytest.mark.parametrize(

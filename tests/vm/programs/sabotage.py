@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """``sabotage WHAT PATH``: the initrd that khod would build by its configuration, with something wrong in it.
 
-WHAT is one of `POINTS`: most have the process that restores killed when it comes there, some have something missing.
+WHAT is one of `POINTS` or `DRIVERS`: most have the process that restores killed when it comes there, some have something
+missing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from khod import config
+from khod import config, driven
 from khod.abi import cpio
 from khod.early import paths, plan, restore
 from khod.initrd import closure, contents
@@ -50,16 +51,28 @@ POINTS = {
     "runs": "_dies(starting, 'start', True)",
 }
 """In the order of the stage; after the last one the guest runs."""
+DRIVERS = {
+    "driven-imported": "_os.kill(_os.getpid(), 9)",
+    "driven-retrieved": "_dies(Restorer, '_compare', False)",
+    "driven-made": "_dies(sys.modules[__name__], 'enter', False)",
+    "driven-plugin": "plugins = lambda wanted: PluginManager()",
+    "driven-entered": "_dies(Book, 'put', True, 2)",
+    "driven-noted": "_dies(starting, 'start', False)",
+    "driven-runs": "_dies(starting, 'start', True)",
+}
+"""The same of the process that has the drivers; before the last ones the book knows what was made."""
 
 
 def main() -> None:
     what, path = sys.argv[1], Path(sys.argv[2])
     settings = spec(config.load())
     found = contents.members(settings)
-    if POINTS[what]:
-        (name,) = (name for name in found if name.endswith("khod/early/restore.pyc"))
+    if broken := {**POINTS, **DRIVERS}[what]:
+        module, path_of = (driven, "khod/driven.pyc") if what in DRIVERS else (restore, "khod/early/restore.pyc")
+        (name,) = (name for name in found if name.endswith(path_of))
         with tempfile.NamedTemporaryFile("w", suffix=".py") as patched:
-            patched.write(Path(str(restore.__file__)).read_text() + DIES + POINTS[what] + "\n")
+            before, main, after = Path(str(module.__file__)).read_text().partition("if __name__")
+            patched.write(f"{before}{DIES}{broken}\n{main}{after}")
             patched.flush()
             found[name] = cpio.file(closure._compiled(patched.name))
     elif what == "vmm":
