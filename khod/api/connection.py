@@ -174,14 +174,16 @@ class Connection:
         self.close()
 
     def close(self, why: str = "") -> None:
-        """End it, for a reason of khod's if there is one. What hangs on its presence is told."""
+        """End it, for a reason of khod's if there is one. What hangs on its presence is told, unless khod ends: who hears of
+        that and hangs up has not ended, and has time to come back."""
         if self._over:
             return
         if why:
             who = self._caller.owner if self._caller else "a peer"
             logger.warning("the connection of %s was ended: %s", who, why)
         self.abandon()
-        self.presence.end()
+        if not self._shared.calls.ended:
+            self.presence.end()
 
     def abandon(self) -> None:
         """End it and tell nobody: khod ends, not the peer."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pwd
@@ -12,7 +13,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,30 @@ def test_when_khod_ends_nobody_has_left_it(tmp_path: Path) -> None:
         khod.run(khod.server.aclose())
         khod.call(lambda: None)
         assert len(khod.service.held) == 2
+
+
+def test_who_hangs_up_because_khod_ends_has_not_ended(tmp_path: Path) -> None:
+    """While khod waits for other calls to end: what was his would be let go of, and nobody's when khod is there again."""
+    with served(tmp_path / "khod.sock") as khod, connect(khod.path, timeout=10) as client, memfd() as fd:
+        handle = client.register("vm1", "guestmemfd", [("ram", fd)]).handle
+        heard = client.subscribe([handle])
+        next(heard)
+        gone = khod.call(asyncio.Event)
+
+        async def ends_later() -> None:
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            await gone.wait()
+
+        khod.call(lambda: khod.server._shared.calls.start(ends_later()))
+        closing = asyncio.run_coroutine_threadsafe(khod.server.aclose(), khod.loop)
+        with pytest.raises(Lost, match="khod ended before it had answered"):
+            next(heard)
+        client.close()
+        khod.until(lambda: khod.server.connections == 0)
+        khod.call(gone.set)
+        closing.result(10)
+        assert khod.service.held
 
 
 # --- the life cycle
