@@ -175,10 +175,13 @@ def test_the_death_of_the_stage_with_memory_in_its_hands_costs_time_alone(boot: 
 
 
 @pytest.mark.full  # a boot for each
-def test_whatever_is_wrong_in_the_stage_the_guest_is_restored_on_the_root_file_system(boot: type[Host]) -> None:
+@pytest.mark.parametrize("points", [list(POINTS)[::2], list(POINTS)[1::2]], ids=["these", "those"])
+def test_whatever_is_wrong_in_the_stage_the_guest_is_restored_on_the_root_file_system(
+    boot: type[Host], points: list[str]
+) -> None:
     with boot(deadline=850) as host:
         prepared(host)
-        for what in POINTS:
+        for what in points:
             (shortened if what == "short" else sabotaged)(host, what)
             if what == "runs":
                 assert host.record("runs").facts["equal"], what
