@@ -23,16 +23,14 @@ from khod.early.plan import read
 from khod.early.restore import Restore
 
 BACKLOG = 16
-SO_PASSRIGHTS = 83
-"""asm-generic/socket.h; Linux 6.16."""
 TYPE_CHECKING = False  # typing takes longer to import than all that is done here
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
 def main(marks: dict[str, int], word: int, say: Callable[[str], None]) -> None:
-    """Restore, let the boot go on by a word to `word` (`SOMEBODY` or `NOBODY`, `MORE`), and serve until everything is taken
-    over; or, holding nothing, end."""
+    """Restore, let the boot go on by a word to `word` (see khod.early.rootfs), and serve until everything is taken over; or,
+    holding nothing, end."""
     os.setsid()
     for number in (SIGHUP, SIGINT):
         _signal.signal(number, _signal.SIG_IGN)
@@ -59,8 +57,8 @@ def main(marks: dict[str, int], word: int, say: Callable[[str], None]) -> None:
             say(f"a module is not loaded: {error}")
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_NONBLOCK | _socket.SOCK_CLOEXEC)
     try:
-        # Anybody can connect, and who let go of a descriptor that he sent might wait for him. Whom it serves sends none.
-        listener.setsockopt(_socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        # Anybody can connect, and who let go of a descriptor that he sent might wait for him. Whom it serves later sends none.
+        system.pass_descriptors(listener.fileno(), False)
     except OSError as error:
         say(f"descriptors cannot be refused: {error}")
     listener.bind(protocol.EARLY)
@@ -73,7 +71,7 @@ def main(marks: dict[str, int], word: int, say: Callable[[str], None]) -> None:
             restore = Restore(keeper, plan, marks, say)
             restore.run()
             said = rootfs.SOMEBODY if restore.began else rootfs.NOBODY
-            os.write(word, said + rootfs.MORE if restore.more else said)
+            os.write(word, said + rootfs.MORE + bytes([listener.fileno()]) if restore.more else said)
             os.close(word)
         if not keeper.holds():
             server.end()

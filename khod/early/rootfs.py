@@ -18,7 +18,7 @@ INITS = ("/sbin/init", "/etc/init", "/bin/init", "/bin/sh")
 SOMEBODY, NOBODY = b"+", b"-"
 """What the custodian says first: whether it may have started somebody, who then runs from what is in the initrd."""
 MORE = b"*"
-"""What it says next if there are some to be started by `khod.driven`."""
+"""What it says next if there are some to be started by `khod.driven`; and the number of the socket that it listens on."""
 WAIT = 30.0
 """Seconds that the root's device may take to appear, unless ``rootwait`` says for ever."""
 TYPE_CHECKING = False  # typing takes longer to import than all that is done here

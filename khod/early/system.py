@@ -16,14 +16,17 @@ NR_FINIT_MODULE = 313
 """arch/x86/entry/syscalls/syscall_64.tbl."""
 MODULE_INIT_COMPRESSED_FILE = 4
 """include/uapi/linux/module.h: the kernel decompresses it."""
+NR_PIDFD_GETFD = 438
 MADV_POPULATE_READ = 22
 PAGE = 4096
+SOL_SOCKET, SO_PASSRIGHTS = 1, 83
+"""include/uapi/asm-generic/socket.h."""
 _PROT_READ, _MAP_SHARED = 1, 1
 _INT = (1 << 32) - 1
 """What counts of a result that is an int of C: 0, unless it failed."""
 
 _mount, _umount2, _syscall = function("mount"), function("umount2"), function("syscall")
-_unshare = function("unshare")
+_unshare, _setsockopt = function("unshare"), function("setsockopt")
 _mmap, _munmap, _madvise = function("mmap"), function("munmap"), function("madvise")
 
 
@@ -57,6 +60,24 @@ def load_module(path: str) -> None:
             raise error(f"load {path}")
     finally:
         os.close(fd)
+
+
+def taken(pid: int, number: int) -> int:
+    """pidfd_getfd(2): a duplicate of a process's descriptor; the caller's."""
+    process = os.pidfd_open(pid)
+    try:
+        fd = _syscall(Long(NR_PIDFD_GETFD), Long(process), Long(number), Long(0))
+        if fd < 0:
+            raise error(f"take descriptor {number} of process {pid}")
+        return fd
+    finally:
+        os.close(process)
+
+
+def pass_descriptors(listener: int, on: bool) -> None:
+    """Whether those who connect to a socket from now on can send descriptors to it."""
+    if _setsockopt(Long(listener), Long(SOL_SOCKET), Long(SO_PASSRIGHTS), int(on).to_bytes(4, "little"), Long(4)) & _INT:
+        raise error("say who may send descriptors")
 
 
 class Page:

@@ -14,7 +14,7 @@ import sys
 
 ROOTS = ("khod.early.stage", "khod.early.custodian", "encodings.ascii", "encodings.latin_1")
 """The two that are imported by name; and what the interpreter itself may ask for."""
-DRIVEN = ("khod.driven", "asyncio.threads", "concurrent.futures.thread")
+DRIVEN = ("khod.driven", "asyncio.threads", "concurrent.futures.thread", "khod.kernel.libc")
 """And what it imports when it comes to that."""
 WITHOUT = ("_hashlib", "_ssl")
 """What hashlib and asyncio go without where it is not there: half of OpenSSL."""
