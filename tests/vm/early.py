@@ -55,7 +55,7 @@ def device_guest(host: Host, *, enabled: bool) -> None:
     host.unit("guest.service", unit if enabled else unit.partition("[Install]")[0])
 
 
-def update(host: Host, initrd: str = "") -> None:
+def update(host: Host, initrd: str = "", *, jump: str = "direct") -> None:
     """A jump, with the initrd that khod builds, or that one."""
     host.run("khoctl", "load", KERNEL, *(["--initrd", initrd] if initrd else []))
-    host.jump("khoctl", "update")
+    host.jump("khoctl", "update", "--jump", jump)
