@@ -47,8 +47,6 @@ def test_a_guest_runs_before_the_init_through_two_updates(boot: type[Host]) -> N
             stages = [f"initrd: {name}" for name in ("interpreter", "retrieved", "verified", "resumed")]
             assert {"initrd: kernel", "blackout", *stages} <= set(rows)
             assert sum(rows[name] for name in stages) < blackout
-            # By the real-time clock, which a kernel reads to the second: the unit keeps khod from the counter's instruction.
-            assert abs(rows["blackout"] - blackout) < 2
             assert "guest runs" in host.run("sh", "-c", "dmesg | grep khod-initrd").out
         claimed_by_its_unit(host, runs["pid"])
 
@@ -75,6 +73,8 @@ def test_a_guest_with_a_device_runs_before_the_init_through_two_updates(boot: ty
             assert {f"initrd: {name}" for name in ("interpreter", "drivers", "verified", "resumed")} <= set(rows)
             blackout = (runs["held"] - runs["last"]) / host_tsc_khz() / 1000
             print(f"blackout {blackout:.2f} s; khod says", rows)
+            # By the real-time clock, which a kernel reads to the second: the unit keeps khod from the counter's instruction.
+            # (Of a machine that went on from a snapshot the next kernel's has gone on meanwhile.)
             assert abs(rows["blackout"] - blackout) < 2
             assert not last["problems"]
             assert "guest runs, with mappings, edu" in host.run("sh", "-c", "dmesg | grep khod-initrd").out
