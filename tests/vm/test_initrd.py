@@ -51,11 +51,12 @@ def test_a_guest_runs_before_the_init_through_two_updates(boot: type[Host]) -> N
         claimed_by_its_unit(host, runs["pid"])
 
 
-def test_a_guest_with_a_device_runs_before_the_init_through_two_updates(boot: type[Host]) -> None:
+@pytest.mark.parametrize("updates", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_a_guest_with_a_device_runs_before_the_init(boot: type[Host], updates: int) -> None:
     with boot(cmdline=("intel_iommu=on",), qemu=IOMMU) as host:
         early.configured(host, also=("mappings", "edu"))
         early.device_guest(host, enabled=False)
-        for _ in range(2):
+        for _ in range(updates):
             early.update(host)
             runs = host.record("runs").facts
             assert runs["equal"], runs
