@@ -116,7 +116,7 @@ def test_the_boot_goes_on_when_the_drivers_are_done_dead_or_late(root: Path, tmp
     there_are_some = "\nRestore.run = lambda self: setattr(self, 'more', True)\n"
     for name, more in (("restore", there_are_some), ("stage", "")):
         source = (Path(str(early.__file__)).parent / f"{name}.py").read_text()
-        written.write_text(source.replace("PATIENCE = 120.0", "PATIENCE = 5.0") + more)
+        written.write_text(source.replace("PATIENCE = 120.0", "PATIENCE = 25.0") + more)
         (library / "early" / f"{name}.pyc").write_bytes(closure._compiled(str(written)))
     if does:
         written.write_text(f"import os, _signal as signal\n{does}\n")
