@@ -29,7 +29,7 @@ class Guest(Workload):
             with self.vcpu:
                 self.register += 1
                 self.memory[:8] = self.register.to_bytes(8, "little")
-            time.sleep(0.001)
+            time.sleep(0.001)  # what a guest would do, in its stead
 
     def quiesce(self, notice: Notice) -> None:
         """Stop, and write what is not in memory."""

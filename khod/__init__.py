@@ -14,7 +14,7 @@ The layers, lowest first; a module imports from its own layer and from those bel
     kernel, simulated two machines behind the ports of core
     initrd            the archive that early comes in
     api               the varlink interface, server and client
-    daemon            the one place that joins the others
+    daemon, driven    the places that join the others: on the host, and in the initrd
     cli               khoctl, a client of the api
 """
 

@@ -139,7 +139,7 @@ class KernelLiveUpdate:
             left = deadline - time.monotonic()
             if number != errno.EBUSY or left <= 0:
                 raise self._refusal(number)
-            time.sleep(min(pause, left))
+            time.sleep(min(pause, left))  # nothing else could be waited for
             pause = min(pause * 2, 0.1)
 
     def _refusal(self, number: int) -> KhodError:

@@ -22,7 +22,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="na
 
 ROOT = Path(__file__).parents[3]
 INIT = r"""
+#include <fcntl.h>
 #include <stdio.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 int main(int argc, char **argv)
@@ -32,7 +34,8 @@ int main(int argc, char **argv)
 	printf("%d", getpid());
 	for (int i = 0; i < argc; i++)
 		printf(" %s", argv[i]);
-	printf(" %s\n", stat("/proc/self", &found) ? "bare" : "mounted");
+	printf(" %s", stat("/proc/self", &found) ? "bare" : "mounted");
+	puts(stat("/lock", &found) || !flock(open("/lock", O_RDWR), LOCK_EX | LOCK_NB) ? "" : ", and somebody is still at work");
 	return 0;
 }
 """
@@ -106,7 +109,7 @@ def test_the_end_of_the_child(root: Path, tmp_path: Path, says: str) -> None:
     [
         ("print('the drivers', flush=True)", "the drivers\n"),
         ("print('begun', flush=True); os.kill(os.getpid(), 9)", "begun\n"),
-        ("print('begun', flush=True); signal.pause()", "begun\n"),
+        ("fcntl.flock(os.open('/lock', os.O_CREAT), fcntl.LOCK_EX); print('begun', flush=True); signal.pause()", "begun\n"),
         ("", ""),
     ],
 )
@@ -119,7 +122,7 @@ def test_the_boot_goes_on_when_the_drivers_are_done_dead_or_late(root: Path, tmp
         written.write_text(source.replace("PATIENCE = 120.0", "PATIENCE = 25.0") + more)
         (library / "early" / f"{name}.pyc").write_bytes(closure._compiled(str(written)))
     if does:
-        written.write_text(f"import os, _signal as signal\n{does}\n")
+        written.write_text(f"import fcntl, os, _signal as signal\n{does}\n")
         (library / "driven.pyc").write_bytes(closure._compiled(str(written)))
     assert boot(root).startswith(first + WENT_ON)
 
